@@ -1,0 +1,105 @@
+"""The deep-equilibrium layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from deqsolvers.backward import Backward, get_backward
+from deqsolvers.fixed_point import Options, iterate
+from deqsolvers.solution import ConvergenceError, Solution
+from deqsolvers.solvers import Anderson, Solver
+
+
+class DEQ(nn.Module):
+    """A layer whose output is the fixed point ``z* = f(z*, *inputs)`` (Bai, Kolter & Koltun 2019).
+
+    Args:
+        f: called as ``f(z, *inputs)``; usually an nn.Module. Returns a state of the structure and shapes
+            of z. All tensors are batch first.
+        solver: the forward method; `Anderson` with its defaults if None. A solver that is an nn.Module
+            (`HyperSolver`) is registered as a submodule.
+        backward: "implicit", "phantom", "jacobian-free" or a `Backward` object.
+        z0: makes the initial state, called as ``z0(*inputs)``. By default the solver's own
+            initializer, or zeros like the first input.
+        tol, max_steps, relative, final, stall_after, drop_converged: see `fixed_point`.
+        raise_on_failure: raise `ConvergenceError` if a forward solve fails (synchronises).
+
+    The layer returns ``(z, solution)``: z is differentiable w.r.t. the inputs, f's parameters and
+    whatever else f depends on; ``solution`` is the forward `Solution`. With gradients disabled, or
+    nothing that needs them, only the solve runs.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        solver: Solver | None = None,
+        *,
+        backward: str | Backward = "implicit",
+        z0: Callable[..., Any] | None = None,
+        tol: float | None = 1e-4,
+        max_steps: int = 50,
+        relative: bool = True,
+        final: Literal["best", "last"] = "best",
+        stall_after: int = 30,
+        drop_converged: bool = True,
+        raise_on_failure: bool = False,
+    ):
+        super().__init__()
+        self.f = f
+        self.solver = solver or Anderson()
+        self.backward = get_backward(backward)
+        self.z0 = z0
+        self.options = Options(tol, max_steps, relative, final, stall_after, drop_converged)
+        self.raise_on_failure = raise_on_failure
+
+    def extra_repr(self) -> str:
+        return f"solver={type(self.solver).__name__}, {self.options}"
+
+    def forward(self, *inputs: Any, z0: Any = None) -> tuple[Any, Solution]:
+        """Solve for the inputs; ``z0`` overrides the initial state (a warm start)."""
+        solution = self.solve(*inputs, z0=z0)
+        if not torch.is_grad_enabled():
+            return solution.z, solution
+        return self.backward.attach(self.f, inputs, solution), solution
+
+    def solve(self, *inputs: Any, z0: Any = None, trace: bool = False) -> Solution:
+        """The forward solve alone, without gradients."""
+        with torch.no_grad():
+            if z0 is None:
+                z0 = self.initial_state(*inputs)
+            solution = iterate(self.f, z0, inputs, self.solver, self.options, trace)
+        if self.raise_on_failure and bool(solution.failed.any()):
+            raise ConvergenceError(solution)
+        return solution
+
+    def initial_state(self, *inputs: Any) -> Any:
+        """Where a solve without ``z0`` starts."""
+        if self.z0 is not None:
+            return self.z0(*inputs)
+        started = self.solver.start(*inputs)
+        if started is not None:
+            return started
+        for leaf in pytree.tree_leaves(inputs):
+            if isinstance(leaf, Tensor):
+                return torch.zeros_like(leaf)
+        raise ValueError("the DEQ has no tensor input to take the state's shape from; give z0")
+
+    def with_solver(self, solver: Solver, **changes: Any) -> DEQ:
+        """A DEQ that shares f (and its parameters) but solves with ``solver``.
+
+        Args:
+            changes: any of ``backward``, ``z0``, ``raise_on_failure`` and the options of
+                `fixed_point` that should differ.
+        """
+        options = {**asdict(self.options), **changes}
+        options.setdefault("backward", self.backward)
+        options.setdefault("z0", self.z0)
+        options.setdefault("raise_on_failure", self.raise_on_failure)
+        other = DEQ(self.f, solver, **options)
+        return other.train(self.training)

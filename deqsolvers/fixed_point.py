@@ -1,0 +1,253 @@
+"""The loop that every solve runs through: forward, backward, unrolled and learned alike."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from deqsolvers.progress import HostMask, Progress
+from deqsolvers.solution import ConvergenceError, Solution
+from deqsolvers.solvers import Anderson, Solver
+from deqsolvers.solvers.base import check_count
+from deqsolvers.state import Layout, map_rows
+
+# Smallest relative residual that a state of this precision can be expected to reach (measured).
+_PRECISION_FLOOR = {
+    torch.float64: 1e-15,
+    torch.float32: 3e-7,
+    torch.float16: 6e-4,
+    torch.bfloat16: 5e-3,
+    torch.complex64: 3e-7,
+    torch.complex128: 1e-15,
+}
+
+# Dropping decided samples copies the solver's memory; it pays once this share of the batch is gone.
+_DROP_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback sees after every evaluation of f.
+
+    Attributes:
+        step: how many solver updates led here, 0 for the initial state.
+        z: the state that was evaluated, in the structure of ``z0``, samples ``rows`` only.
+        residual: (len(rows),) its residual.
+        rows: which samples of the batch these are.
+        memory: the solver's memory before it uses this evaluation.
+    """
+
+    step: int
+    z: Any
+    residual: Tensor
+    rows: Tensor
+    memory: Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """When a solve stops and what it returns; see `fixed_point` for each field."""
+
+    tol: float | None = 1e-4
+    max_steps: int = 50
+    relative: bool = True
+    final: Literal["best", "last"] = "best"
+    stall_after: int = 30
+    drop_converged: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("max_steps", self.max_steps)
+        check_count("stall_after", self.stall_after)
+        if self.tol is not None and not self.tol >= 0:
+            raise ValueError(f"tol must be None or a number of at least 0, got {self.tol!r}")
+        if self.final not in ("best", "last"):
+            raise ValueError(f"final must be 'best' or 'last', got {self.final!r}")
+
+
+def fixed_point(
+    f: Callable[..., Any],
+    z0: Any = None,
+    inputs: tuple[Any, ...] = (),
+    *,
+    solver: Solver | None = None,
+    tol: float | None = 1e-4,
+    max_steps: int = 50,
+    relative: bool = True,
+    final: Literal["best", "last"] = "best",
+    stall_after: int = 30,
+    drop_converged: bool = True,
+    raise_on_failure: bool = False,
+    trace: bool = False,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Solution:
+    """Find ``z = f(z, *inputs)`` for every sample of a batch, without gradients.
+
+    Each step evaluates f once, on the samples that are still undecided, and measures the residual of
+    exactly the iterate that was evaluated. A sample's result does not depend on its batch mates as
+    long as f itself treats samples independently.
+
+    Args:
+        f: called as ``f(z, *inputs)``; returns a state of the structure and shapes of ``z``.
+        z0: initial state, a tensor or a tuple, list or dict of tensors, batch first, floating point
+            or complex. None lets the solver's own initializer make it (`HyperSolver`).
+        inputs: passed to f after z. Every tensor in it is batch first, so that samples can leave
+            the batch together with their inputs; let f close over whatever all samples share.
+        solver: the method; `Anderson` with its defaults if None.
+        tol: a sample has converged at ``||f(z) - z|| <= tol ||f(z)||``. None runs exactly
+            ``max_steps`` steps and decides nothing early.
+        max_steps: most solver updates. Measuring the last iterate takes one evaluation more.
+        relative: False compares ``||f(z) - z||`` itself with ``tol``; use it where the fixed point may
+            be zero.
+        final: "best" returns each sample's best measured iterate. "last" returns the iterate after
+            the last update of samples that did not converge; it is not measured, which saves one
+            evaluation, and its residual is NaN.
+        stall_after: a sample whose best residual has not fallen by one per cent for this many
+            steps ends as stalled.
+        drop_converged: let decided samples leave the batch when that saves work. Set False if f
+            needs the whole batch (batch statistics, CUDA graphs, shapes compiled in).
+        raise_on_failure: raise `ConvergenceError`, which holds the solution, if any sample failed.
+        trace: keep every residual in ``Solution.trace``.
+        callback: called with a `StepInfo` after every evaluation.
+
+    Returns:
+        The `Solution`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or f returns another shape than ``z0``.
+        ConvergenceError: with ``raise_on_failure=True``.
+    """
+    options = Options(tol, max_steps, relative, final, stall_after, drop_converged)
+    with torch.no_grad():
+        solution = iterate(f, z0, inputs, solver or Anderson(), options, trace, callback)
+    if raise_on_failure and bool(solution.failed.any()):
+        raise ConvergenceError(solution)
+    return solution
+
+
+def iterate(
+    f: Callable[..., Any],
+    z0: Any,
+    inputs: tuple[Any, ...],
+    solver: Solver,
+    options: Options,
+    trace: bool = False,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Solution:
+    """`fixed_point` in the caller's grad mode: with gradients on, the returned z is differentiable."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver such as Anderson(), got {solver!r}")
+    if not isinstance(inputs, tuple):
+        raise TypeError(
+            f"inputs must be a tuple of f's further arguments, got {type(inputs).__name__}"
+        )
+    autocast = _Autocast(z0 if z0 is not None else inputs)
+    if z0 is None:
+        z0 = solver.start(*inputs)
+        if z0 is None:
+            raise ValueError(f"z0 is needed: {solver!r} has no initializer")
+    layout = Layout.of(z0)
+    z = layout.flatten(z0)
+    batch = z.shape[0]
+    inputs = map_rows(lambda leaf: leaf, inputs, batch)
+    _warn_below_floor(options, layout, autocast.dtype)
+
+    progress = Progress(z, options)
+    early = options.tol is not None
+    mask = HostMask(z.device)
+    may_drop = early and options.drop_converged and not torch.is_grad_enabled()
+    residuals: list[Tensor] = []
+    calls = rows_evaluated = 0
+    evaluations = options.max_steps + (options.final == "best")
+
+    with autocast.suspended():
+        memory = solver.init(z, layout) if batch else None
+        for step in range(evaluations if batch else 0):
+            version = 0 if z.is_inference() else z._version
+            with autocast.restored():
+                state = f(layout.unflatten(z), *inputs)
+            if calls == 0:
+                layout.check(state, z.shape[0])
+            if not z.is_inference() and z._version != version:
+                raise ValueError(
+                    "f changed its argument z in place, which would make every residual zero; let "
+                    "it work on a copy (avoid z += ..., z.relu_() and the like)"
+                )
+            calls += 1
+            rows_evaluated += z.shape[0]
+            fz = layout.flatten(state)
+            g = fz - z
+            residual = progress.measure(step, z, fz, g)
+            if trace:
+                residuals.append(progress.spread(residual))
+            if callback is not None:
+                callback(StepInfo(step, layout.unflatten(z), residual, progress.rows, memory))
+            running = mask.read(progress.running) if early else None
+            if running is not None:
+                if not running.any():
+                    break
+                if may_drop and running.sum() <= (1 - _DROP_SHARE) * running.numel():
+                    rows = running.nonzero().squeeze(1).to(z.device, non_blocking=True)
+                    left = progress.rows
+                    progress.take(rows)
+                    memory.take(rows)
+                    z, fz, g = z[rows], fz[rows], g[rows]
+                    inputs = map_rows(lambda leaf, rows=rows: leaf[rows], inputs, left.numel())
+                    mask.reset()
+                    running = None
+            if step == options.max_steps:
+                break
+            z = solver.step(memory, z, fz, g)
+            if running is not None and not running.all():
+                # Decided samples that stay in the batch keep a finite state for f to work on.
+                z = torch.where(progress.running.unsqueeze(1), z, progress.best_z)
+            if layout.rounds:
+                # What f will see, so that the residual belongs to the state that is returned.
+                z = layout.flatten(layout.unflatten(z))
+    autocast.forget_weights()
+    last = z if options.final == "last" and batch else None
+    return progress.solution(layout, last, calls, rows_evaluated, residuals if trace else None)
+
+
+def _warn_below_floor(options: Options, layout: Layout, autocast: torch.dtype | None) -> None:
+    if not options.tol or not options.relative:
+        return
+    dtypes = layout.dtypes if autocast is None else (*layout.dtypes, autocast)
+    coarsest = max(dtypes, key=lambda dtype: _PRECISION_FLOOR[dtype])
+    if options.tol < _PRECISION_FLOOR[coarsest]:
+        warnings.warn(
+            f"tol={options.tol:g} is below what {coarsest} can reach, about "
+            f"{_PRECISION_FLOOR[coarsest]:g}; samples will end as stalled or at the step limit",
+            stacklevel=4,
+        )
+
+
+class _Autocast:
+    """Keeps solver algebra out of autocast while f runs under whatever the caller set."""
+
+    def __init__(self, example: Any):
+        tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+        self.device_type = tensors[0].device.type if tensors else "cpu"
+        enabled = torch.is_autocast_enabled(self.device_type)
+        self.dtype = torch.get_autocast_dtype(self.device_type) if enabled else None
+
+    def suspended(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, enabled=False)
+
+    def restored(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def forget_weights(self) -> None:
+        # Half-precision weights cached without gradients must not serve a later call that needs them.
+        if self.dtype is not None and not torch.is_grad_enabled():
+            torch.clear_autocast_cache()

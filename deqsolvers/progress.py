@@ -1,0 +1,193 @@
+"""Per-sample bookkeeping of a solve: residuals, best iterates and statuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deqsolvers.solution import Solution, Status
+from deqsolvers.state import Layout
+
+if TYPE_CHECKING:
+    from deqsolvers.fixed_point import Options
+
+_RUNNING = 100  # no status yet
+_STALL_FACTOR = 0.99  # a smaller fall of the best residual does not count as progress
+_DIVERGED_FACTOR = 1e6  # growth of ||f(z) - z|| over its first value that ends a sample
+_GROWN_FACTOR = 10.0  # the growth that makes a stalled sample a diverged one
+
+
+class Progress:
+    """What is known of every sample that is still in the batch, and the results of those that left.
+
+    Attributes:
+        rows: (b,) which samples of the batch are still here.
+        running: (b,) which of them have no status yet.
+        best_z: (b, features) the best measured iterate of each.
+    """
+
+    def __init__(self, z: Tensor, options: Options):
+        batch = z.shape[0]
+        self.options = options
+        self.batch = batch
+        self.rows = torch.arange(batch, device=z.device)
+        self.running = torch.ones(batch, dtype=torch.bool, device=z.device)
+        self._measured = self.running  # who was running when the last iterate was measured
+        self.status = torch.full((batch,), _RUNNING, dtype=torch.int8, device=z.device)
+        self.best_z = z
+        self.best_residual = z.new_full((batch,), torch.inf)
+        self.best_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        self.evaluations = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        self._mark = z.new_full(
+            (batch,), torch.inf
+        )  # the best residual when progress was last made
+        self._mark_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        self._first: Tensor | None = None  # ||f(z0) - z0||
+        self._left: _Results | None = None
+
+    def measure(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        """Judge the iterate ``z`` after ``step`` updates; returns its residual (b,)."""
+        size = torch.linalg.vector_norm(g.detach(), dim=1)
+        residual = size
+        if self.options.relative:
+            scale = torch.linalg.vector_norm(fz.detach(), dim=1)
+            residual = size / scale.clamp_min(torch.finfo(size.dtype).tiny)
+        if self._first is None:
+            self._first = size
+        running = self._measured = self.running
+        finite = residual < torch.inf  # false for NaN too
+        better = running & (residual < self.best_residual)
+        if not z.is_cuda and bool(better.all()):
+            self.best_z = z  # no copy is needed where the host can look for free
+        else:
+            self.best_z = torch.where(better.unsqueeze(1), z, self.best_z)
+        self.best_residual = torch.where(better, residual, self.best_residual)
+        self.best_step = torch.where(better, step, self.best_step)
+        self.evaluations = self.evaluations + running
+
+        status = torch.where(finite, _RUNNING, int(Status.NON_FINITE))
+        if self.options.tol is not None:
+            status = self._judge(step, status, residual, size, finite)
+        self.status = torch.where(running, status.to(torch.int8), self.status)
+        self.running = self.status == _RUNNING
+        return residual
+
+    def _judge(
+        self, step: int, status: Tensor, residual: Tensor, size: Tensor, finite: Tensor
+    ) -> Tensor:
+        progressed = residual < _STALL_FACTOR * self._mark
+        self._mark = torch.where(progressed, residual, self._mark)
+        self._mark_step = torch.where(progressed, step, self._mark_step)
+        stalled = finite & (step - self._mark_step >= self.options.stall_after)
+        grown = size > _GROWN_FACTOR * self._first
+        status = torch.where(stalled & ~grown, int(Status.STALLED), status)
+        diverged = finite & ((size > _DIVERGED_FACTOR * self._first) | (stalled & grown))
+        status = torch.where(diverged, int(Status.DIVERGED), status)
+        success = Status.STARTED_CONVERGED if step == 0 else Status.CONVERGED
+        return torch.where(residual <= self.options.tol, int(success), status)
+
+    def spread(self, residual: Tensor) -> Tensor:
+        """(B,) residuals of the whole batch, NaN for samples decided before this evaluation."""
+        full = residual.new_full((self.batch,), torch.nan)
+        full[self.rows] = torch.where(self._measured, residual, torch.nan)
+        return full
+
+    def take(self, rows: Tensor) -> None:
+        """Keep these rows and store the results of the others, which are decided."""
+        self._store(None)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[rows])
+
+    def _store(self, z: Tensor | None) -> _Results:
+        if self._left is None:
+            self._left = _Results(self)
+        self._left.put(self, self.best_z if z is None else z)
+        return self._left
+
+    def solution(
+        self,
+        layout: Layout,
+        last: Tensor | None,
+        calls: int,
+        rows_evaluated: int,
+        residuals: list[Tensor] | None,
+    ) -> Solution:
+        """Close the books. ``last`` replaces the best iterate of samples without a decision."""
+        undecided = self.running
+        limit = Status.FIXED_STEPS if self.options.tol is None else Status.STEP_LIMIT
+        self.status = torch.where(undecided, int(limit), self.status).to(torch.int8)
+        z = self.best_z
+        if last is not None:
+            z = torch.where(undecided.unsqueeze(1), last, z)
+            self.best_residual = torch.where(undecided, torch.nan, self.best_residual)
+            self.best_step = torch.where(undecided, self.options.max_steps, self.best_step)
+        if self._left is None:  # nobody left the batch: this is already everything
+            done = _Results(self, z)
+        else:
+            done = self._store(z)
+        trace = None
+        if residuals is not None:
+            trace = torch.stack(residuals) if residuals else done.residual.new_empty(0, self.batch)
+        return Solution(
+            z=layout.unflatten(done.z),
+            status=done.status,
+            residual=done.residual,
+            steps=done.steps,
+            evaluations=done.evaluations,
+            calls=calls,
+            rows_evaluated=rows_evaluated,
+            trace=trace,
+        )
+
+
+class _Results:
+    """Results of the whole batch, filled as samples leave it."""
+
+    def __init__(self, progress: Progress, z: Tensor | None = None):
+        self.z = torch.empty_like(progress.best_z) if z is None else z
+        self.status = progress.status
+        self.residual = progress.best_residual
+        self.steps = progress.best_step
+        self.evaluations = progress.evaluations
+
+    def put(self, progress: Progress, z: Tensor) -> None:
+        rows = progress.rows
+        self.z[rows] = z
+        self.status = self.status.index_copy(0, rows, progress.status)
+        self.residual = self.residual.index_copy(0, rows, progress.best_residual)
+        self.steps = self.steps.index_copy(0, rows, progress.best_step)
+        self.evaluations = self.evaluations.index_copy(0, rows, progress.evaluations)
+
+
+class HostMask:
+    """The host's view of which samples are still running.
+
+    On CUDA it is read one step late, through a non-blocking copy: the host waits for the flag of the
+    step before, while the device still works on this one, so the queue never runs dry. A decided
+    sample may be evaluated once more; its result does not change.
+    """
+
+    def __init__(self, device: torch.device):
+        self._late = device.type == "cuda"
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def read(self, running: Tensor) -> Tensor | None:
+        """The latest mask (b,) that has reached the host, None if there is none yet."""
+        if not self._late:
+            return running.cpu()
+        host = torch.empty(running.shape, dtype=torch.bool, pin_memory=True)
+        host.copy_(running, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        previous, self._pending = self._pending, (host, event)
+        if previous is None:
+            return None
+        previous[1].synchronize()
+        return previous[0]
+
+    def reset(self) -> None:
+        """Forget what is on its way, because the batch has changed."""
+        self._pending = None

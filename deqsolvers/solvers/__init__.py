@@ -1,0 +1,8 @@
+"""One file a method; each is hyper-parameters plus `init` and `step` over an explicit memory."""
+
+from deqsolvers.solvers.anderson import Anderson
+from deqsolvers.solvers.base import History, Memory, Solver
+from deqsolvers.solvers.broyden import Broyden
+from deqsolvers.solvers.picard import Picard
+
+__all__ = ["Anderson", "Broyden", "History", "Memory", "Picard", "Solver"]

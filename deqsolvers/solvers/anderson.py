@@ -1,0 +1,111 @@
+"""Anderson acceleration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deqsolvers.solvers.base import History, Memory, Solver, check_count, check_fraction
+from deqsolvers.state import Layout
+
+
+@dataclass
+class _AndersonMemory(Memory):
+    df: History  # differences of successive f(z)
+    dg: History  # differences of successive residuals
+    gram: Tensor  # (B, memory, memory) float64, inner products of the columns of dg
+    products: Tensor  # (B, memory) float64, columns of dg times the current residual
+    length: Tensor  # (B,) newest columns that are in use, shorter after a restart
+    fz: Tensor | None = None
+    g: Tensor | None = None
+
+
+class Anderson(Solver):
+    """Anderson acceleration of type II, in the difference form of Walker & Ni (2011).
+
+    With ``dG`` and ``dF`` the last ``memory`` differences of residuals and of f(z), the step is
+    ``f(z) - dF gamma`` where gamma minimises ``||g - dG gamma||``. This equals the mixing
+    ``sum_i alpha_i f(z_i)`` with ``sum_i alpha_i = 1`` over ``memory + 1`` past pairs (HyperPolypDEQ,
+    equations 3 and 4), and is better conditioned when successive residuals are nearly parallel.
+
+    The least-squares problem is solved through its Gram matrix in double precision, with every
+    column scaled to length one, so that ``regularization`` means the same at every scale of f. A
+    sample whose system is singular all the same takes a plain step and starts its history again.
+
+    Args:
+        memory: how many differences are kept, at least 1.
+        damping: the mixing factor beta in (0, 1]; below 1 the step keeps part of the mixed iterate.
+        regularization: ridge relative to the squared length of each column. The default, ten times
+            the machine epsilon of the working precision, is as small as rounding allows.
+    """
+
+    def __init__(self, memory: int = 5, damping: float = 1.0, regularization: float | None = None):
+        self.memory = check_count("memory", memory)
+        self.damping = check_fraction("damping", damping)
+        if regularization is not None and not 0 <= regularization < 1:
+            raise ValueError(f"regularization must lie in [0, 1), got {regularization}")
+        self.regularization = regularization
+
+    def __repr__(self) -> str:
+        return f"Anderson(memory={self.memory}, damping={self.damping})"
+
+    def init(self, z: Tensor, layout: Layout) -> _AndersonMemory:
+        batch = z.shape[0]
+        return _AndersonMemory(
+            df=History(self.memory, z),
+            dg=History(self.memory, z),
+            gram=z.new_zeros(batch, self.memory, self.memory, dtype=torch.float64),
+            products=z.new_zeros(batch, self.memory, dtype=torch.float64),
+            length=torch.zeros(batch, dtype=torch.int64, device=z.device),
+        )
+
+    def step(self, memory: _AndersonMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        if memory.g is None or memory.fz is None:
+            memory.fz, memory.g = fz, g
+            return fz if self.damping == 1 else z.add(g, alpha=self.damping)
+        slot = memory.dg.slot
+        memory.df.push(fz - memory.fz)
+        newest = g - memory.g
+        memory.dg.push(newest)
+        memory.fz, memory.g = fz, g
+        self._update_gram(memory, slot, newest, g)
+        gamma = self._weights(memory, g)
+        mixed = fz - memory.df.combine(gamma)
+        if self.damping == 1:
+            return mixed
+        return mixed.sub_(g - memory.dg.combine(gamma), alpha=1 - self.damping)
+
+    def _update_gram(self, memory: _AndersonMemory, slot: int, newest: Tensor, g: Tensor) -> None:
+        # One pass over the history gives dG g. The new Gram row dG (g - g_previous) is the change
+        # of that product, which saves the second pass and keeps its relative accuracy.
+        filled = memory.dg.filled
+        products = memory.products.clone()
+        products[:, :filled] = memory.dg.dot(g).double()
+        row = products - memory.products
+        row[:, slot] = torch.linalg.vecdot(newest, newest).double()
+        gram = memory.gram.clone()
+        gram[:, slot, :] = row
+        gram[:, :, slot] = row
+        memory.products, memory.gram = products, gram
+
+    def _weights(self, memory: _AndersonMemory, g: Tensor) -> Tensor:
+        filled = memory.dg.filled
+        memory.length = (memory.length + 1).clamp_max(self.memory)
+        used = memory.dg.ages() < memory.length.unsqueeze(1)
+        gram = memory.gram[:, :filled, :filled]
+        scale = gram.diagonal(dim1=1, dim2=2).sqrt()
+        inverse = torch.where(used & (scale > 0), 1 / scale, 0.0)
+        ridge = self.regularization
+        if ridge is None:
+            ridge = 10 * torch.finfo(g.dtype).eps
+        # Unused columns become rows of the identity with a zero right-hand side.
+        system = gram * inverse.unsqueeze(1) * inverse.unsqueeze(2)
+        system.diagonal(dim1=1, dim2=2).copy_(torch.where(inverse > 0, 1 + ridge, 1.0))
+        factor, info = torch.linalg.cholesky_ex(system)
+        right = memory.products[:, :filled] * inverse
+        gamma = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2) * inverse
+        singular = (info != 0) | ~torch.isfinite(gamma).all(1)
+        memory.length = torch.where(singular, 0, memory.length)
+        return torch.where(singular.unsqueeze(1), 0.0, gamma).to(g.dtype)

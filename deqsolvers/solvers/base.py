@@ -1,0 +1,124 @@
+"""What a solver is: hyper-parameters, and `init` and `step` over an explicit memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqsolvers.state import Layout
+
+
+@dataclass
+class Memory:
+    """What a solver remembers between steps; every tensor and `History` in it has one row a sample."""
+
+    def take(self, rows: Tensor) -> None:
+        """Keep only these rows, because the other samples left the batch."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                setattr(self, field.name, value[rows])
+            elif isinstance(value, History):
+                value.take(rows)
+
+
+class Solver(ABC):
+    """A method that turns (z, f(z)) into the next z.
+
+    A solver knows nothing of stopping, statuses or autograd: `deqsolvers.fixed_point` owns those. To
+    add a method, write these two functions; they see (B, features) matrices and must treat every
+    row on its own. They must not write into their arguments.
+    """
+
+    @abstractmethod
+    def init(self, z: Tensor, layout: Layout) -> Any:
+        """Fresh memory for a solve that starts at ``z`` (B, features)."""
+
+    @abstractmethod
+    def step(self, memory: Any, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        """The next iterate, from the current one, ``fz = f(z)`` and ``g = fz - z``, all (B, features)."""
+
+    def start(self, *inputs: Any) -> Any | None:
+        """A state to start from where the caller gives none; None if the method has no opinion."""
+        return None
+
+
+class History:
+    """The last ``size`` matrices (B, features) that were pushed, in a ring buffer (B, size, features).
+
+    Under autograd every push makes a new buffer, since earlier ones may be saved for backward;
+    otherwise it writes in place.
+    """
+
+    # Below this width one batched product beats a loop of matrix-vector products over the samples.
+    _WIDE = 8192
+
+    def __init__(self, size: int, like: Tensor):
+        self.size = size
+        self.pushed = 0
+        self.buffer = like.new_empty(like.shape[0], size, like.shape[1])
+
+    @property
+    def filled(self) -> int:
+        """How many slots hold data."""
+        return min(self.pushed, self.size)
+
+    @property
+    def slot(self) -> int:
+        """The slot that the next push writes."""
+        return self.pushed % self.size
+
+    def ages(self) -> Tensor:
+        """(filled,) how many pushes ago each slot was written, 0 for the newest."""
+        slots = torch.arange(self.filled, device=self.buffer.device)
+        return (self.pushed - 1 - slots).remainder(self.size)
+
+    def push(self, value: Tensor) -> None:
+        """Write ``value`` over the oldest entry."""
+        slot = self.slot
+        if torch.is_grad_enabled():
+            entries = list(self.buffer[:, : self.filled].unbind(1))
+            entries[slot : slot + 1] = [value]
+            self.buffer = torch.stack(entries, dim=1)
+        else:
+            self.buffer[:, slot].copy_(value)
+        self.pushed += 1
+
+    def dot(self, x: Tensor) -> Tensor:
+        """(B, filled) inner products of every entry with ``x`` (B, features)."""
+        buffer = self.buffer[:, : self.filled]
+        if x.is_cuda:
+            return torch.bmm(buffer, x.unsqueeze(-1)).squeeze(-1)
+        if x.shape[1] >= self._WIDE:  # bmm leaves most of a CPU's memory bandwidth unused here
+            return torch.stack([torch.mv(a, b) for a, b in zip(buffer, x, strict=True)])
+        return (buffer * x.unsqueeze(1)).sum(-1)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """(B, features) sum of the entries weighted by ``weights`` (B, filled)."""
+        buffer = self.buffer[:, : self.filled]
+        if not weights.is_cuda and buffer.shape[-1] >= self._WIDE:
+            rows = zip(buffer, weights, strict=True)
+            return torch.stack([torch.mv(a.t(), b) for a, b in rows])
+        return torch.bmm(weights.unsqueeze(1), buffer).squeeze(1)
+
+    def take(self, rows: Tensor) -> None:
+        """Keep only these samples."""
+        self.buffer = self.buffer[rows]
+
+
+def check_fraction(name: str, value: float) -> float:
+    """``value`` if it lies in (0, 1]; ValueError otherwise."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    return float(value)
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """``value`` if it is an integer of at least ``least``; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return value

@@ -1,0 +1,86 @@
+"""Limited-memory Broyden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deqsolvers.solvers.base import History, Memory, Solver, check_count, check_fraction
+from deqsolvers.state import Layout
+
+
+@dataclass
+class _BroydenMemory(Memory):
+    u: History
+    v: History
+    length: Tensor  # (B,) newest rank-one terms that are in use, shorter after a reset
+    step: Tensor | None = None  # the last step, z_k - z_(k-1)
+    g: Tensor | None = None
+    hg: Tensor | None = None  # H g of the last step, with the H that made it
+
+
+class Broyden(Solver):
+    """Broyden's first method on ``g(z) = f(z) - z``, with an inverse Jacobian of limited rank.
+
+    The inverse is ``H = -I + sum_i u_i v_i^T`` and is updated by the Sherman-Morrison formula
+    (Broyden, 1965). At most ``memory`` rank-one terms are kept; when they are full the sample starts
+    again from -I. A sample whose update would divide by almost zero is reset in the same way.
+
+    Args:
+        memory: how many rank-one terms are kept, at least 1.
+        damping: fraction of the quasi-Newton step that is taken, in (0, 1].
+    """
+
+    # An update is skipped where the secant denominator is this small against its factors.
+    _SINGULAR = 1e-10
+
+    def __init__(self, memory: int = 20, damping: float = 1.0):
+        self.memory = check_count("memory", memory)
+        self.damping = check_fraction("damping", damping)
+
+    def __repr__(self) -> str:
+        return f"Broyden(memory={self.memory}, damping={self.damping})"
+
+    def init(self, z: Tensor, layout: Layout) -> _BroydenMemory:
+        return _BroydenMemory(
+            u=History(self.memory, z),
+            v=History(self.memory, z),
+            length=torch.zeros(z.shape[0], dtype=torch.int64, device=z.device),
+        )
+
+    def step(self, memory: _BroydenMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        hg = self._apply(memory.u, memory.v, memory.length, g)
+        if memory.step is not None and memory.g is not None and memory.hg is not None:
+            hg = self._update(memory, g, hg)
+        memory.g, memory.hg = g, hg
+        memory.step = hg * -self.damping
+        return z + memory.step
+
+    def _update(self, memory: _BroydenMemory, g: Tensor, hg: Tensor) -> Tensor:
+        """Add the rank-one term of the last step; returns H g with the new H."""
+        step, h_change = memory.step, hg - memory.hg  # type: ignore[operator]
+        v = self._apply(memory.v, memory.u, memory.length, step)
+        denominator = torch.linalg.vecdot(step, h_change).unsqueeze(1)
+        size = (
+            torch.linalg.vector_norm(step, dim=1) * torch.linalg.vector_norm(h_change, dim=1)
+        ).unsqueeze(1)
+        usable = denominator.abs() > self._SINGULAR * size
+        inverse = torch.where(usable, 1 / denominator, 0.0)
+        u = (step - h_change).mul_(inverse)
+        full = (memory.length == self.memory) | ~usable.squeeze(1)
+        memory.u.push(u)
+        memory.v.push(v)
+        memory.length = torch.where(full, 0, memory.length + 1)
+        updated = hg + u * torch.linalg.vecdot(v, g).unsqueeze(1)
+        # After a reset H is -I again, and the next difference must be taken with that H.
+        return torch.where(full.unsqueeze(1), -g, updated)
+
+    @staticmethod
+    def _apply(left: History, right: History, length: Tensor, x: Tensor) -> Tensor:
+        """``(-I + sum_i left_i right_i^T) x`` over the terms in use; swap the two for the transpose."""
+        if left.filled == 0:
+            return -x
+        weights = torch.where(left.ages() < length.unsqueeze(1), right.dot(x), 0.0)
+        return left.combine(weights).sub_(x)

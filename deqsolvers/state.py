@@ -1,0 +1,171 @@
+"""Any nested state (tensor, tuple, list, dict; batch first) as one (batch, features) matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# Solver algebra never runs below single precision; see `Layout.dtype`.
+_WORKING_DTYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a nested state lies in a matrix of one row a sample.
+
+    Complex leaves take two real columns an entry, so that solvers only ever see real numbers.
+
+    Attributes:
+        structure: the nesting, as a pytree specification.
+        shapes: shape of each leaf without the batch dimension.
+        dtypes: dtype of each leaf; `unflatten` restores them.
+        dtype: real dtype of the matrix: fp32, or fp64 if any leaf has double precision.
+        device: where the state lives.
+    """
+
+    structure: Any
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(state: Any, name: str = "z0") -> Layout:
+        """The layout of ``state``.
+
+        Raises:
+            TypeError: a leaf is not a floating-point or complex tensor.
+            ValueError: no leaf, a leaf without batch dimension, batch sizes or devices that differ.
+        """
+        leaves, structure = pytree.tree_flatten(state)
+        if not leaves:
+            raise ValueError(f"{name} holds no tensor; give at least one, batch first")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"{name} must be a tensor or a tuple, list or dict of tensors; "
+                    f"it holds a {type(leaf).__name__}"
+                )
+            if leaf.dtype not in _WORKING_DTYPES:
+                accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WORKING_DTYPES)
+                raise TypeError(
+                    f"{name} has dtype {leaf.dtype}; a fixed point needs one of {accepted}. "
+                    "Convert it, for example with .float()"
+                )
+            if leaf.dim() == 0:
+                raise ValueError(
+                    f"{name} holds a tensor without dimensions; the first one is the batch: "
+                    "use .reshape(1)"
+                )
+        batches = sorted({leaf.shape[0] for leaf in leaves})
+        if len(batches) > 1:
+            raise ValueError(f"the tensors of {name} have different batch sizes: {batches}")
+        devices = {leaf.device for leaf in leaves}
+        if len(devices) > 1:
+            raise ValueError(f"the tensors of {name} lie on different devices: {devices}")
+        double = any(_WORKING_DTYPES[leaf.dtype] is torch.float64 for leaf in leaves)
+        return Layout(
+            structure,
+            tuple(leaf.shape[1:] for leaf in leaves),
+            tuple(leaf.dtype for leaf in leaves),
+            torch.float64 if double else torch.float32,
+            leaves[0].device,
+        )
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of each leaf in the matrix."""
+        return [
+            shape.numel() * (2 if dtype.is_complex else 1)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether `unflatten` loses precision, because a leaf is narrower than the matrix."""
+        return any(_real(dtype) != self.dtype for dtype in self.dtypes)
+
+    def flatten(self, state: Any) -> Tensor:
+        """(B, features) matrix of ``state``; a view where no conversion is needed."""
+        if isinstance(state, Tensor):  # the common case, without a walk through the tree
+            return self._column(state)
+        leaves = pytree.tree_leaves(state)
+        if len(leaves) == 1:
+            return self._column(leaves[0])
+        return torch.cat([self._column(leaf) for leaf in leaves], dim=1)
+
+    def _column(self, leaf: Tensor) -> Tensor:
+        if leaf.is_complex():
+            leaf = torch.view_as_real(leaf.resolve_conj())
+        return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])).to(self.dtype)
+
+    def unflatten(self, matrix: Tensor) -> Any:
+        """The nested state that ``matrix`` (rows, features) stands for; views where possible."""
+        rows = matrix.shape[0]
+        columns = [matrix] if len(self.shapes) == 1 else matrix.split(self.widths, dim=1)
+        leaves = []
+        for column, shape, dtype in zip(columns, self.shapes, self.dtypes, strict=True):
+            if dtype.is_complex:
+                pairs = column.to(_real(dtype)).reshape(rows, *shape, 2)
+                leaves.append(torch.view_as_complex(pairs.contiguous()))
+            else:
+                leaves.append(column.reshape(rows, *shape).to(dtype))
+        return pytree.tree_unflatten(leaves, self.structure)
+
+    def check(self, state: Any, rows: int) -> None:
+        """Raise ValueError, naming the difference, unless ``state`` has this layout and ``rows`` rows.
+
+        Dtypes may differ: f may compute in half precision (autocast) on an fp32 state.
+        """
+        leaves, structure = pytree.tree_flatten(state)
+        if structure != self.structure:
+            raise ValueError(
+                f"f must return a state of the structure of z0, {self.structure}; got {structure}"
+            )
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if not isinstance(leaf, Tensor) or leaf.shape != (rows, *shape):
+                got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"f must return the shape of z0, {(rows, *shape)}; got {got}")
+            if leaf.is_complex() != dtype.is_complex:
+                raise ValueError(f"f returned {leaf.dtype} for a state of {dtype}")
+            if leaf.device != self.device:
+                raise ValueError(
+                    f"f returned a tensor on {leaf.device} for a state on {self.device}"
+                )
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return torch.empty(0, dtype=dtype).real.dtype if dtype.is_complex else dtype
+
+
+def map_rows(function: Callable[[Tensor], Tensor], inputs: Any, batch: int) -> Any:
+    """Apply ``function`` to every tensor of the nested ``inputs``; other leaves pass unchanged.
+
+    Raises:
+        ValueError: a tensor whose first dimension is not ``batch``.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.dim() == 0 or leaf.shape[0] != batch:
+            raise ValueError(
+                f"a tensor in inputs has shape {tuple(leaf.shape)}; its first dimension must be the "
+                f"batch, {batch}. Let f close over tensors that all samples share"
+            )
+        return function(leaf)
+
+    return pytree.tree_map(one, inputs)

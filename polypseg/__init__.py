@@ -1,0 +1,1 @@
+"""Colon-polyp segmentation with deep equilibrium models. Research use only, not a medical device."""

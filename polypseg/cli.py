@@ -1,0 +1,58 @@
+"""The console commands: errors told to people, and exit codes to scripts.
+
+0 means success, 1 that something given was wrong or the machine failed, 2 that the command line was
+wrong or a package is missing, 130 that the user interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+INTERRUPTED = 130
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """`polypseg-train`: train a network into a run directory."""
+    return _run("train", "the run is resumed by the same command", argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """`polypseg-evaluate`: score a run on test folders."""
+    return _run("evaluate", "results are written at the end, so there are none", argv)
+
+
+def predict(argv: Sequence[str] | None = None) -> int:
+    """`polypseg-predict`: segment images with a run."""
+    return _run("predict", "what is written so far is complete image by image", argv)
+
+
+def _run(name: str, on_interrupt: str, argv: Sequence[str] | None) -> int:
+    program = f"polypseg-{name}"
+    try:
+        main: Callable[[Sequence[str] | None], int] = import_module(f"polypseg.{name}").main
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("polypseg", "deqsolvers"):
+            raise  # a fault of this installation that no extra cures
+        _tell(
+            f'polypseg needs its extra packages: pip install "deqsolvers[polypseg]" '
+            f"({package} is missing)"
+        )
+        return 2
+    # Known by now to be importable.
+    from polypseg.checkpoint import CheckpointError
+
+    try:
+        return main(argv)
+    except (CheckpointError, ValueError, OSError) as error:
+        _tell(f"{program}: error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _tell(f"\n{program}: interrupted; {on_interrupt}")
+        return INTERRUPTED
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr)

@@ -1,0 +1,245 @@
+"""The configuration of a training: typed, complete, and documented in defaults.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "polypdeq-add"
+    encoder: str = "b0"
+    classes: int = 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    size: int
+    scales: tuple[float, ...]
+    workers: int
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """What the explicit and the implicit phase share."""
+
+    epochs: int
+    batch: int
+    lr: float
+    final_lr: float
+    warmup: float
+    weight_decay: float
+    clip: float
+    ema: float
+
+
+@dataclass(frozen=True)
+class ImplicitConfig(PhaseConfig):
+    warm_epochs: int
+    solver: str
+    memory: int
+    tol: float
+    max_steps: int
+    backward: str
+    backward_steps: int
+    jacobian: float
+    jacobian_share: float
+
+
+@dataclass(frozen=True)
+class HyperConfig:
+    epochs: int
+    batch: int
+    lr: float
+    final_lr: float
+    memory: int
+    width: int
+    steps: int
+    tol: float
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class SolveConfig:
+    tol: float
+    max_steps: int
+    memory: int
+    hyper_steps: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; each is explained in ``polypseg/defaults.yaml``."""
+
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    explicit: PhaseConfig
+    implicit: ImplicitConfig
+    hyper: HyperConfig
+    solve: SolveConfig
+
+    def to_yaml(self) -> str:
+        """The settings as a file that `load_config` reads back to an equal configuration."""
+        return yaml.safe_dump(_plain(self), sort_keys=False)
+
+
+def make_config(changes: Mapping[str, Any] = {}, overrides: Iterable[str] = ()) -> Config:
+    """The defaults with ``changes`` (nested, as in a file) and then ``overrides`` ("section.key=value").
+
+    Raises:
+        ConfigError: names every unknown key, wrong type and value out of range at once.
+    """
+    settings = yaml.safe_load(resources.files("polypseg").joinpath("defaults.yaml").read_text())
+    faults: list[str] = []
+    _merge(settings, changes, "", faults)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            faults.append(f"{override!r} is not of the form section.key=value")
+            continue
+        nested: Any = _value(text)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _merge(settings, nested, "", faults)
+    config = _build(Config, settings, "", faults)
+    if not faults:
+        faults += _out_of_range(config)
+    if faults:
+        raise ConfigError("the configuration has faults:\n" + "\n".join(f"  {f}" for f in faults))
+    return config
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a YAML file, which may leave out what stays at its default.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds faulty settings.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such configuration file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
+    if not isinstance(settings, (dict, type(None))):
+        raise ConfigError(f"{path}: it must hold settings as 'key: value' lines")
+    try:
+        return make_config(settings or {}, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _merge(
+    settings: dict[str, Any], changes: Mapping[str, Any], where: str, faults: list[str]
+) -> None:
+    for key, value in changes.items():
+        name = f"{where}{key}"
+        if key not in settings:
+            faults.append(f"{name} is not a setting; known here: {', '.join(settings)}")
+        elif isinstance(settings[key], dict):
+            if isinstance(value, Mapping):
+                _merge(settings[key], value, f"{name}.", faults)
+            else:
+                faults.append(f"{name} is a section; set {name}.KEY")
+        else:
+            settings[key] = value
+
+
+def _build(kind: type, settings: Mapping[str, Any], where: str, faults: list[str]) -> Any:
+    hints = get_type_hints(kind)
+    values = {}
+    for field in dataclasses.fields(kind):
+        expected, value = hints[field.name], settings[field.name]
+        name = f"{where}{field.name}"
+        if dataclasses.is_dataclass(expected):
+            values[field.name] = _build(expected, value, f"{name}.", faults)  # type: ignore[arg-type]
+        elif expected == tuple[float, ...]:
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if not all(_is(float, number) for number in numbers):
+                faults.append(f"{name} must be a list of numbers, got {value!r}")
+            values[field.name] = tuple(numbers)
+        else:
+            if expected is float and isinstance(value, str):
+                value = _value(value)
+            if not _is(expected, value):
+                faults.append(f"{name} must be of type {expected.__name__}, got {value!r}")
+            values[field.name] = float(value) if expected is float and _is(float, value) else value
+    return kind(**values)
+
+
+def _is(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _out_of_range(config: Config) -> list[str]:
+    from deqsolvers.backward import BACKWARDS
+    from polypseg.models import CLASSIC_SOLVERS, ENCODERS, MODELS
+
+    faults = []
+
+    def check(fine: bool, name: str, value: Any, wanted: str) -> None:
+        if not fine:
+            faults.append(f"{name} must be {wanted}, got {value!r}")
+
+    def one_of(name: str, value: str, known: Iterable[str]) -> None:
+        check(value in known, name, value, f"one of {', '.join(known)}")
+
+    one_of("model.name", config.model.name, MODELS)
+    one_of("model.encoder", config.model.encoder, ENCODERS)
+    one_of("implicit.solver", config.implicit.solver, CLASSIC_SOLVERS)
+    one_of("implicit.backward", config.implicit.backward, BACKWARDS)
+    size = config.data.size
+    check(size > 0 and size % 32 == 0, "data.size", size, "a positive multiple of 32")
+    check(all(s > 0 for s in config.data.scales), "data.scales", config.data.scales, "positive")
+    check(bool(config.data.scales), "data.scales", config.data.scales, "at least one number")
+    for name, phase in (
+        ("explicit", config.explicit),
+        ("implicit", config.implicit),
+        ("hyper", config.hyper),
+        ("solve", config.solve),
+        ("data", config.data),
+        ("model", config.model),
+    ):
+        for key, value in vars(phase).items():
+            if key in ("warm_epochs", "workers"):
+                check(value >= 0, f"{name}.{key}", value, "at least 0")
+            elif isinstance(value, int):
+                check(value >= 1, f"{name}.{key}", value, "at least 1")
+            elif key in ("warmup", "ema", "jacobian_share"):
+                check(0 <= value <= 1, f"{name}.{key}", value, "between 0 and 1")
+            elif isinstance(value, float):
+                check(value >= 0, f"{name}.{key}", value, "at least 0")
+    check(config.seed >= 0, "seed", config.seed, "at least 0")
+    return faults
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    return list(value) if isinstance(value, tuple) else value

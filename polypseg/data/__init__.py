@@ -1,0 +1,34 @@
+"""Polyp images on disk and in memory: folders, splits, audit, data set, synthetic images."""
+
+from polypseg.data.audit import audit_pairs
+from polypseg.data.dataset import PolypDataset, batches
+from polypseg.data.faults import DataError, Fault
+from polypseg.data.folders import Pair, find_pairs, list_images
+from polypseg.data.reading import read_image, read_mask, read_pair
+from polypseg.data.splits import Split, published_split, random_split, split_for, test_folders
+from polypseg.data.synthetic import make_synthetic
+from polypseg.data.tensors import normalize, resize_image, resize_mask, to_tensor
+
+__all__ = [
+    "DataError",
+    "Fault",
+    "Pair",
+    "PolypDataset",
+    "Split",
+    "audit_pairs",
+    "batches",
+    "find_pairs",
+    "list_images",
+    "make_synthetic",
+    "normalize",
+    "published_split",
+    "random_split",
+    "read_image",
+    "read_mask",
+    "read_pair",
+    "resize_image",
+    "resize_mask",
+    "split_for",
+    "test_folders",
+    "to_tensor",
+]

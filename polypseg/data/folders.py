@@ -1,0 +1,177 @@
+"""Finding images and masks on disk: pairs are made by stem, never by sorted position."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from polypseg.data.faults import DataError, Fault
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+IMAGE_FOLDERS = ("images", "image")
+MASK_FOLDERS = ("masks", "mask")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image and its mask."""
+
+    stem: str
+    image: Path
+    mask: Path
+
+
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts `clinic_9` before `clinic_10`."""
+    parts = re.split(r"([0-9]+)", text)
+    return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in parts if p]
+
+
+def find_pairs(root: Path) -> list[Pair]:
+    """Pair the images of a folder with its masks, by stem.
+
+    Args:
+        root: folder with an `images` (or `image`) and a `masks` (or `mask`) folder, in any letter
+            case.
+
+    Returns:
+        The pairs in natural order of their stems; never empty.
+
+    Raises:
+        DataError: a folder is missing, doubled or empty, an image has no mask, a mask has no image,
+            or two files share one stem. All faults are reported together.
+    """
+    root = Path(root)
+    images_dir, masks_dir = pair_folders(root)
+    faults: list[Fault] = []
+    images = _by_stem(images_dir, faults)
+    masks = _by_stem(masks_dir, faults)
+    for stem in sorted(images.keys() - masks.keys(), key=natural_key):
+        faults.append(
+            Fault(
+                images[stem][0],
+                "image without mask",
+                f"add {masks_dir.name}/{stem}.png or remove the image",
+            )
+        )
+    for stem in sorted(masks.keys() - images.keys(), key=natural_key):
+        faults.append(
+            Fault(
+                masks[stem][0],
+                "mask without image",
+                f"add {images_dir.name}/{stem}.jpg or remove the mask",
+            )
+        )
+    if faults:
+        raise DataError(faults)
+    return [Pair(stem, images[stem][0], masks[stem][0]) for stem in sorted(images, key=natural_key)]
+
+
+def pair_folders(root: Path) -> tuple[Path, Path]:
+    """Return the image folder and the mask folder of `root`.
+
+    Raises:
+        DataError: either is missing or there are several of it.
+    """
+    if not root.is_dir():
+        problem = "is a file, not a folder" if root.exists() else "there is no such folder"
+        raise DataError([Fault(root, problem, "give the folder that holds `images` and `masks`")])
+    faults: list[Fault] = []
+    found: list[Path] = []
+    for names in (IMAGE_FOLDERS, MASK_FOLDERS):
+        matches = sorted(d for d in root.iterdir() if d.name.lower() in names and d.is_dir())
+        wanted = " or ".join(f"`{name}`" for name in names)
+        if not matches:
+            faults.append(
+                Fault(root, f"holds no {wanted} folder", f"put the files in {root / names[0]}")
+            )
+        elif len(matches) > 1:
+            listed = ", ".join(f"`{d.name}`" for d in matches)
+            faults.append(
+                Fault(root, f"holds several folders for one thing: {listed}", "keep one of them")
+            )
+        else:
+            found.append(matches[0])
+    if faults:
+        raise DataError(faults)
+    return found[0], found[1]
+
+
+def list_images(source: Path | str) -> list[Path]:
+    """List the images that a person names for prediction.
+
+    Args:
+        source: an image file, a folder (not searched recursively), or a glob pattern such as
+            `"clips/*/*.png"`.
+
+    Returns:
+        The image files in natural order; never empty.
+
+    Raises:
+        DataError: nothing is there, nothing there is an image, or a named file is not of a known
+            image type.
+    """
+    path = Path(source)
+    known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+    if path.is_file():
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise DataError(
+                [
+                    Fault(
+                        path,
+                        f"is not an image file by its name (suffix {path.suffix!r})",
+                        f"known: {known}",
+                    )
+                ]
+            )
+        return [path]
+    if path.is_dir():
+        files = _image_files(path)
+        if not files:
+            raise DataError([Fault(path, "holds no images", f"known types: {known}")])
+        return files
+    matches = [Path(match) for match in glob.glob(str(source), recursive=True)]
+    files = [
+        match for match in matches if match.is_file() and match.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not files:
+        problem = "there is no such file or folder, and as a pattern it matches no image"
+        raise DataError(
+            [
+                Fault(
+                    path,
+                    problem,
+                    f"give an image, a folder of images or a pattern; known types: {known}",
+                )
+            ]
+        )
+    return sorted(files, key=lambda file: natural_key(str(file)))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    # Names with a leading dot are what operating systems leave behind (`._a.jpg` is no JPEG).
+    files = (
+        f
+        for f in folder.iterdir()
+        if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")
+    )
+    return sorted((f for f in files if f.is_file()), key=lambda f: natural_key(f.name))
+
+
+def _by_stem(folder: Path, faults: list[Fault]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for file in _image_files(folder):
+        groups[file.stem].append(file)
+    if not groups:
+        known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        faults.append(Fault(folder, "holds no image files", f"known types: {known}"))
+    for files in groups.values():
+        if len(files) > 1:
+            others = ", ".join(f"`{file.name}`" for file in files[1:])
+            faults.append(
+                Fault(files[0], f"shares its stem with {others}", "keep one file per stem")
+            )
+    return dict(groups)

@@ -1,0 +1,200 @@
+"""Which pairs train, which validate and which test."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from polypseg.data.faults import DataError, Fault
+from polypseg.data.folders import Pair, find_pairs, natural_key, pair_folders
+
+CLINIC_PREFIX = "clinic_"
+# Last frame of each of CVC-ClinicDB's 29 video sequences; frames are numbered from 1 through all of
+# them.
+CLINIC_SEQUENCE_ENDS = (
+    25, 50, 67, 78, 103, 126, 151, 177, 199, 205, 227, 252, 277, 297, 317,
+    342, 363, 383, 408, 428, 447, 466, 478, 503, 528, 546, 571, 591, 612,
+)  # fmt: skip
+# Digest (see `_digest`) of the stems of the field's training set: 900 of Kvasir-SEG and 550 of CVC-
+# ClinicDB.
+TRAIN_DIGEST = "e99504cc3e158989f78060b0b0b358cf0e193f1a0f1554a7e0627aefaa5cdf8c"
+VALIDATION_LIST = "polyp_val.txt"
+VALIDATION_SEED = 3  # the first, counting from 0, whose sequences make exactly 55 frames
+KVASIR_HELD_OUT = 90
+CLINIC_HELD_OUT = 55
+RANDOM_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and validation pairs, and in words how they were parted."""
+
+    train: list[Pair]
+    val: list[Pair]
+    rule: str
+
+
+def split_for(root: Path, seed: int = 0) -> Split:
+    """Find the training pairs of a data folder and part them.
+
+    Args:
+        root: holds `TrainDataset/images` and `TrainDataset/masks`, or `images` and `masks`
+            directly.
+        seed: of the random split; the published one does not depend on it.
+
+    Returns:
+        The published split where the stems are exactly the field's 1450, otherwise a random one
+        that holds out 10 %.
+
+    Raises:
+        DataError: as `find_pairs`.
+    """
+    root = Path(root)
+    nested = root / "TrainDataset"
+    pairs = find_pairs(nested if nested.is_dir() else root)
+    if _digest([pair.stem for pair in pairs]) == TRAIN_DIGEST:
+        return published_split(pairs)
+    return random_split(pairs, RANDOM_FRACTION, seed)
+
+
+def published_split(train_pairs: Sequence[Pair]) -> Split:
+    """Part the field's standard training set by the committed list of validation stems.
+
+    It holds out 90 of 900 Kvasir-SEG images and whole CVC-ClinicDB video sequences of 55 frames in
+    all, so that no frame of ClinicDB that trains has a near-twin among those that validate.
+
+    Raises:
+        ValueError: the pairs are not exactly the standard 1450.
+    """
+    if _digest([pair.stem for pair in train_pairs]) != TRAIN_DIGEST:
+        raise ValueError(
+            f"train_pairs ({len(train_pairs)}) are not the field's standard training set (900 "
+            "Kvasir-SEG + 550 CVC-ClinicDB images, `clinic_` prefix); use random_split for others"
+        )
+    held_out = set(published_validation_stems())
+    return Split(
+        [pair for pair in train_pairs if pair.stem not in held_out],
+        [pair for pair in train_pairs if pair.stem in held_out],
+        f"published: {VALIDATION_LIST}",
+    )
+
+
+def random_split(pairs: Sequence[Pair], fraction: float, seed: int) -> Split:
+    """Hold out a random fraction of the pairs, at least one, and keep the given order.
+
+    Args:
+        pairs: at least two.
+        fraction: of the pairs that validate, between 0 and 1 (exclusive).
+        seed: decides which; the choice depends on the stems and the seed alone.
+
+    Raises:
+        ValueError: there are fewer than two pairs, or the fraction is out of range.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
+    if len(pairs) < 2:
+        raise ValueError(f"pairs holds {len(pairs)}; a split needs at least 2")
+    count = min(max(1, round(fraction * len(pairs))), len(pairs) - 1)
+    held_out = set(_shuffled([pair.stem for pair in pairs], seed)[:count])
+    return Split(
+        [pair for pair in pairs if pair.stem not in held_out],
+        [pair for pair in pairs if pair.stem in held_out],
+        f"random: {count} of {len(pairs)} held out, seed {seed}",
+    )
+
+
+def test_folders(root: Path) -> dict[str, Path]:
+    """Find the test sets of a data folder.
+
+    Args:
+        root: holds `TestDataset/<NAME>/images` and `.../masks` for each set.
+
+    Returns:
+        Name to folder, in natural order; never empty.
+
+    Raises:
+        DataError: there is no `TestDataset`, nothing in it, or a folder in it lacks its images or
+            masks.
+    """
+    parent = Path(root) / "TestDataset"
+    remedy = "put each test set in TestDataset/<NAME>/{images,masks}"
+    if not parent.is_dir():
+        raise DataError([Fault(parent, "there is no such folder", remedy)])
+    faults: list[Fault] = []
+    folders: dict[str, Path] = {}
+    entries = (
+        entry for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
+    for folder in sorted(entries, key=lambda entry: natural_key(entry.name)):
+        try:
+            pair_folders(folder)
+        except DataError as error:
+            faults.extend(error.faults)
+        folders[folder.name] = folder
+    if not folders:
+        faults.append(Fault(parent, "holds no test set", remedy))
+    if faults:
+        raise DataError(faults)
+    return folders
+
+
+test_folders.__test__ = False  # type: ignore[attr-defined]  # its name makes pytest take it for a test
+
+
+def published_validation_stems() -> list[str]:
+    """Return the committed validation stems of the field's standard training set."""
+    text = (resources.files("polypseg.data") / "lists" / VALIDATION_LIST).read_text(
+        encoding="utf-8"
+    )
+    return text.split()
+
+
+def make_validation_list(stems: Sequence[str], seed: int = VALIDATION_SEED) -> list[str]:
+    """Choose validation stems of the standard training set; this made the committed list.
+
+    Kvasir: the first 90 in a seeded order. ClinicDB: whole sequences in a seeded order, each taken
+    if its training frames still fit into 55.
+
+    Returns:
+        The stems in natural order.
+    """
+    clinic: dict[int, list[str]] = defaultdict(list)
+    kvasir: list[str] = []
+    for stem in stems:
+        if stem.startswith(CLINIC_PREFIX):
+            clinic[clinic_sequence(stem)].append(stem)
+        else:
+            kvasir.append(stem)
+    chosen = _shuffled(kvasir, seed)[:KVASIR_HELD_OUT]
+    frames: list[str] = []
+    for sequence in _shuffled([str(number) for number in clinic], seed):
+        candidates = clinic[int(sequence)]
+        if len(frames) + len(candidates) <= CLINIC_HELD_OUT:
+            frames.extend(candidates)
+    return sorted(chosen + frames, key=natural_key)
+
+
+def clinic_sequence(stem: str) -> int:
+    """Return the video sequence, 0 to 28, of a CVC-ClinicDB frame named `clinic_<frame number>`."""
+    frame = int(stem.removeprefix(CLINIC_PREFIX))
+    if not 1 <= frame <= CLINIC_SEQUENCE_ENDS[-1]:
+        raise ValueError(
+            f"stem {stem!r} names frame {frame}; "
+            f"CVC-ClinicDB has frames 1 to {CLINIC_SEQUENCE_ENDS[-1]}"
+        )
+    return bisect_left(CLINIC_SEQUENCE_ENDS, frame)
+
+
+def _shuffled(names: Sequence[str], seed: int) -> list[str]:
+    # By hash and not by a random generator: the order is the same for ever, whatever the version of
+    # Python or NumPy, and whatever order the file system lists the names in.
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+
+def _digest(stems: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(stems)).encode()).hexdigest()

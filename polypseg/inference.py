@@ -1,0 +1,85 @@
+"""Trained models, ready to predict with a chosen solver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from deqsolvers import Anderson, Broyden, Picard, Solver
+from polypseg.checkpoint import CheckpointError, load_into
+from polypseg.config import Config, load_config
+from polypseg.models import PolypDEQ, Prediction, build_hypersolver, build_model
+
+SOLVERS = ("explicit", "picard", "anderson", "broyden", "hyper")
+
+
+class ExplicitPolypDEQ(nn.Module):
+    """A PolypDEQ that predicts after one evaluation of f from zero."""
+
+    def __init__(self, model: PolypDEQ):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Prediction:
+        return self.model.explicit(images)
+
+
+def load_model(
+    run: Path, solver: str, *, tol: float | None = None, max_steps: int | None = None
+) -> tuple[nn.Module, Config]:
+    """The model of a run directory, in evaluation mode, predicting with ``solver``.
+
+    "explicit" takes the weights of the explicit phase and evaluates f once; every other solver takes
+    those of the implicit phase.
+
+    Args:
+        run: a directory that `polypseg-train` wrote.
+        solver: one of `SOLVERS`.
+        tol, max_steps: instead of the run's ``solve`` settings; of "hyper", ``max_steps`` is the
+            number of evaluations and a ``tol`` lets images stop earlier.
+
+    Raises:
+        ValueError: an unknown solver.
+        CheckpointError: the directory is no run, or has not reached the phase that the solver needs.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run}: not a run of polypseg-train (it has no config.yaml)")
+    config = load_config(run / "config.yaml")
+    model = build_model(config.model)
+    phase = "explicit" if solver == "explicit" else "implicit"
+    load_into(model, _weights(run, phase, solver), what=f"model {config.model.name}")
+    model.eval()
+    if solver == "explicit":
+        return ExplicitPolypDEQ(model).eval(), config
+    settings = config.solve
+    if solver == "hyper":
+        hyper = build_hypersolver(model, config.hyper)
+        load_into(hyper, _weights(run, "hyper", solver), what="HyperSolver")
+        model.deq = model.deq.with_solver(
+            hyper, tol=tol, max_steps=max_steps or settings.hyper_steps, final="last"
+        )
+    else:
+        classic: dict[str, Solver] = {
+            "picard": Picard(),
+            "anderson": Anderson(),
+            "broyden": Broyden(settings.memory),
+        }
+        model.deq = model.deq.with_solver(
+            classic[solver],
+            tol=settings.tol if tol is None else tol,
+            max_steps=max_steps or settings.max_steps,
+        )
+    return model.eval(), config
+
+
+def _weights(run: Path, phase: str, solver: str) -> Path:
+    path = run / f"{phase}.safetensors"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: missing, but solver '{solver}' needs the weights of the {phase} phase; "
+            f"train it: polypseg-train {run}"
+        )
+    return path

@@ -1,0 +1,55 @@
+"""The networks: pure modules, built from the configuration by one factory."""
+
+from __future__ import annotations
+
+from deqsolvers import Anderson, Broyden, HyperSolver, Picard, Solver
+from polypseg.config import HyperConfig, ModelConfig
+from polypseg.models.mit import ENCODERS, MixTransformer, load_encoder_weights
+from polypseg.models.polypdeq import INJECTIONS, PolypDEQ, Prediction
+
+MODELS = tuple(f"polypdeq-{injection}" for injection in INJECTIONS)
+CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
+
+
+def build_model(config: ModelConfig) -> PolypDEQ:
+    """The network that ``config`` names, with random weights.
+
+    Raises:
+        ValueError: an unknown name, encoder or injection.
+    """
+    if config.name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {config.name!r}")
+    return PolypDEQ(config.encoder, config.name.removeprefix("polypdeq-"), config.classes)
+
+
+def build_solver(name: str, memory: int) -> Solver:
+    """A classic solver by name; Picard has no memory.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in CLASSIC_SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(CLASSIC_SOLVERS)}, got {name!r}")
+    return (
+        Picard() if name == "picard" else {"anderson": Anderson, "broyden": Broyden}[name](memory)
+    )
+
+
+def build_hypersolver(model: PolypDEQ, config: HyperConfig) -> HyperSolver:
+    """An untrained HyperSolver for the model's state (B, C, H/4, W/4)."""
+    channels = model.encoder.channels[0]
+    return HyperSolver.for_images(channels, memory=config.memory, width=config.width)
+
+
+__all__ = [
+    "CLASSIC_SOLVERS",
+    "ENCODERS",
+    "MODELS",
+    "MixTransformer",
+    "PolypDEQ",
+    "Prediction",
+    "build_hypersolver",
+    "build_model",
+    "build_solver",
+    "load_encoder_weights",
+]

@@ -1,0 +1,123 @@
+"""PolypDEQ: a UNet around a Mix Transformer, iterated to its fixed point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deqsolvers import DEQ, Solution
+from polypseg.models.decoder import UNetDecoder, conv_block
+from polypseg.models.mit import MixTransformer
+
+INJECTIONS = ("add", "res")
+STRIDE = 32  # of the coarsest feature map; image sides must be multiples of it
+
+
+@dataclass
+class Prediction:
+    """What PolypDEQ returns.
+
+    Attributes:
+        logits: (B, classes, H, W) at the size of the images.
+        solution: the fixed-point `Solution`; None after an explicit pass.
+    """
+
+    logits: Tensor
+    solution: Solution | None
+
+
+class ResidualInjection(nn.Module):
+    """Injects image features e into the state z by a basic residual block: z + e + block([z, e])."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            conv_block(2 * channels, channels),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(min(8, channels // 4), channels),
+        )
+
+    def forward(self, z: Tensor, e: Tensor) -> Tensor:
+        return z + e + self.block(torch.cat([z, e], dim=1))
+
+
+class PolypF(nn.Module):
+    """The iterated map f(z, e): inject e into z, encoder stages 2 to 4, UNet decoder.
+
+    z, e and the result are (B, C1, H/4, W/4). Source: HyperPolypDEQ, section 4.1 and figure 1.
+    """
+
+    def __init__(self, encoder: MixTransformer, injection: str):
+        super().__init__()
+        if injection not in INJECTIONS:
+            raise ValueError(f"injection must be one of {', '.join(INJECTIONS)}, got {injection!r}")
+        self.injection = None if injection == "add" else ResidualInjection(encoder.channels[0])
+        self.stages = nn.ModuleList(encoder.stages[1:])
+        self.decoder = UNetDecoder(encoder.channels)
+
+    def forward(self, z: Tensor, e: Tensor) -> Tensor:
+        injected = z + e if self.injection is None else self.injection(z, e)
+        maps = [injected]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return self.decoder(maps)
+
+
+class PolypDEQ(nn.Module):
+    """Stage 1 runs once an image and gives e; z* = f(z*, e) is solved from zero; a head reads z*.
+
+    Args:
+        encoder: size of the Mix Transformer, "b0" ... "b5".
+        injection: "add" (z + e) or "res" (a residual block on both).
+        classes: output channels; 1 is a binary logit.
+
+    ``deq`` is the `DEQ` layer around f: replace it by ``deq.with_solver(...)`` to solve differently.
+    """
+
+    def __init__(self, encoder: str = "b0", injection: str = "add", classes: int = 1):
+        super().__init__()
+        mit = MixTransformer(encoder)
+        channels = mit.channels[0]
+        self.patch_embed = mit.patch_embed
+        self.first_stage = mit.stages[0]
+        self.deq = DEQ(PolypF(mit, injection))
+        # Outside f batch statistics do no harm.
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, classes, 1),
+        )
+        # The encoder as one module, to load weights into; its parts are registered above.
+        self._encoder = (mit,)
+
+    @property
+    def encoder(self) -> MixTransformer:
+        """The Mix Transformer that the model's stages belong to."""
+        return self._encoder[0]
+
+    def features(self, images: Tensor) -> Tensor:
+        """Stage-1 features e (B, C1, H/4, W/4) of normalised images (B, 3, H, W)."""
+        height, width = images.shape[-2:]
+        if height % STRIDE or width % STRIDE:
+            raise ValueError(
+                f"image sides must be multiples of {STRIDE}, got {height} x {width}; resize first"
+            )
+        return self.first_stage(self.patch_embed(images))
+
+    def read_out(self, z: Tensor) -> Tensor:
+        """Logits (B, classes, H, W) from a state (B, C1, H/4, W/4)."""
+        return F.interpolate(self.head(z), scale_factor=4, mode="bilinear", align_corners=False)
+
+    def explicit(self, images: Tensor) -> Prediction:
+        """One evaluation of f from z = 0."""
+        e = self.features(images)
+        return Prediction(self.read_out(self.deq.f(torch.zeros_like(e), e)), None)
+
+    def forward(self, images: Tensor) -> Prediction:
+        """Predict on the fixed point."""
+        z, solution = self.deq(self.features(images))
+        return Prediction(self.read_out(z), solution)

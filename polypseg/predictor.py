@@ -1,0 +1,245 @@
+"""From one image to one polyp mask: everything around the network at inference."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from deqsolvers import DEQ
+from polypseg.checkpoint import CheckpointError
+from polypseg.data import resize_image, to_tensor
+from polypseg.inference import load_model
+from polypseg.metrics import resize_logits
+from polypseg.models.polypdeq import STRIDE, PolypDEQ, Prediction
+
+THRESHOLD = 0.5
+EXPLICIT = "EXPLICIT"
+NON_FINITE = "NON_FINITE"
+
+# The phases of training whose weights each solver needs, in the order of an evaluation's tables.
+_NEEDS = {
+    "explicit": ("explicit",),
+    "broyden": ("implicit",),
+    "anderson": ("implicit",),
+    "hyper": ("implicit", "hyper"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The prediction for one image.
+
+    Attributes:
+        probability: (H, W) float32 at the image's own size, how likely each pixel is polyp.
+        steps: solver updates that led to the state that was read out.
+        evaluations: evaluations of f that this took.
+        residual: relative residual of that state; NaN where it was not measured: after an explicit
+            pass, and after a fixed number of steps unless asked for.
+        status: name of the `deqsolvers.Status`, or "EXPLICIT" for one pass without a solver;
+            "NON_FINITE" where the network returned NaN or infinity, and nothing is marked as polyp.
+        seconds: time in the network, from the resized image on its device to the logits. Reading,
+            resizing and the copy to the device are not in it.
+    """
+
+    probability: np.ndarray
+    steps: int
+    evaluations: int
+    residual: float
+    status: str
+    seconds: float
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(H, W) bool: where the probability is above 0.5."""
+        return self.probability > THRESHOLD
+
+
+class Predictor:
+    """Segments polyps in images of any size, one at a time.
+
+    Args:
+        model: maps normalised images (B, 3, size, size) to a `Prediction` with one class; it is put
+            into eval mode and left on its device.
+        size: side of the square that images are resized to, as the network was trained; a multiple
+            of 32.
+
+    Raises:
+        ValueError: `size` is no positive multiple of 32.
+    """
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        if size < STRIDE or size % STRIDE:
+            raise ValueError(f"size must be a positive multiple of {STRIDE}, got {size}")
+        self.model = model.eval()
+        self.size = size
+
+    @property
+    def deq(self) -> DEQ | None:
+        """The fixed-point layer, with its solver and options; None where there is only one pass."""
+        return self.model.deq if isinstance(self.model, PolypDEQ) else None
+
+    @classmethod
+    def from_run(
+        cls,
+        run: Path,
+        solver: str | None = None,
+        *,
+        tol: float | None = None,
+        max_steps: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Predictor:
+        """Load a trained network from a run directory.
+
+        Args:
+            run: what `polypseg-train` wrote.
+            solver: one of `polypseg.inference.SOLVERS`; if None, the last that `available_solvers`
+                lists.
+            tol: relative residual at which the solver stops, if not the run's own.
+            max_steps: most solver updates, if not the run's own.
+            device: where to compute; if None, a GPU where there is one.
+
+        Raises:
+            CheckpointError: the run is missing, damaged or lacks the weights for this solver.
+            ValueError: the solver is unknown, an option is out of range, or the run segments
+                several classes.
+        """
+        solver = available_solvers(run)[-1] if solver is None else solver
+        model, config = load_model(Path(run), solver, tol=tol, max_steps=max_steps)
+        if config.model.classes != 1:
+            raise ValueError(
+                f"{run}: the network tells {config.model.classes} classes apart; a polyp mask "
+                "needs a run with model.classes=1"
+            )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.to(device), config.data.size)
+
+    def predict(self, image: np.ndarray, *, measure: bool = False) -> Result:
+        """Segment one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            measure: spend one more evaluation of f, outside of the seconds and of the evaluations
+                that are reported, where the solver has left the residual of its answer unmeasured.
+
+        Raises:
+            ValueError: the array is of another kind; says what it is and how to convert it.
+        """
+        batch = self._batch(image)
+        with torch.inference_mode():
+            _wait(batch.device)
+            start = time.perf_counter()
+            prediction = self.model(batch)
+            _wait(batch.device)
+            seconds = time.perf_counter() - start
+            logits = resize_logits(prediction.logits[0], image.shape[:2])
+            probability = logits[0].sigmoid().cpu().numpy()
+            result = _result(prediction, probability, seconds)
+            if measure and prediction.solution is not None and math.isnan(result.residual):
+                result = replace(result, residual=self._residual(batch, prediction.solution.z))
+        return result
+
+    def residuals(self, image: np.ndarray, evaluations: int) -> np.ndarray:
+        """Relative residuals (evaluations,) that the solver meets on an image, without stopping.
+
+        Raises:
+            ValueError: the model has no solver, or `evaluations` is below 2.
+        """
+        model = self._iterative()
+        # Measuring the start takes the first evaluation.
+        deq = model.deq.with_solver(
+            model.deq.solver, tol=None, max_steps=evaluations - 1, final="best"
+        )
+        with torch.inference_mode():
+            trace = deq.solve(model.features(self._batch(image)), trace=True).trace
+        assert trace is not None  # it was asked for
+        return trace[:, 0].cpu().numpy()
+
+    def _residual(self, batch: torch.Tensor, z: torch.Tensor) -> float:
+        model = self._iterative()
+        fz = model.deq.f(z, model.features(batch))
+        return float((fz - z).norm() / fz.norm())
+
+    def _iterative(self) -> PolypDEQ:
+        if not isinstance(self.model, PolypDEQ):
+            raise ValueError("an explicit pass has no solver and no residual")
+        return self.model
+
+    def _batch(self, image: np.ndarray) -> torch.Tensor:
+        _check_image(image)
+        device = next(self.model.parameters()).device
+        return to_tensor(resize_image(image, self.size))[None].to(device)
+
+
+def available_solvers(run: Path) -> list[str]:
+    """Name the solvers that a run directory has weights for; the last is the one to predict with.
+
+    "picard" is not among them: on many networks it diverges, so it has to be asked for by name.
+
+    Raises:
+        CheckpointError: there is no such folder, or it holds no weights.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        problem = "is a file, not a run directory" if run.exists() else "there is no such folder"
+        raise CheckpointError(f"{run}: {problem}; give a folder that polypseg-train wrote")
+    found = [
+        solver
+        for solver, phases in _NEEDS.items()
+        if all((run / f"{phase}.safetensors").is_file() for phase in phases)
+    ]
+    if not found:
+        raise CheckpointError(
+            f"{run}: holds no trained weights (neither explicit.safetensors nor "
+            "implicit.safetensors); give a folder in which polypseg-train has finished a phase"
+        )
+    return found
+
+
+def _result(prediction: Prediction, probability: np.ndarray, seconds: float) -> Result:
+    solution = prediction.solution
+    if solution is None:
+        steps, evaluations, residual, status = 1, 1, float("nan"), EXPLICIT
+    else:
+        steps, evaluations = int(solution.steps[0]), int(solution.evaluations[0])
+        residual, status = float(solution.residual[0]), solution.statuses()[0].name
+    if not np.isfinite(probability).all():
+        status = NON_FINITE
+        probability = np.nan_to_num(probability, nan=0.0)
+    return Result(probability, steps, evaluations, residual, status, seconds)
+
+
+def _wait(device: torch.device) -> None:
+    """A GPU works on after the call returns; the clock must not."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_image(image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"image must be a NumPy array (H, W, 3) of uint8, got {type(image).__name__}; "
+            "polypseg.data.read_image reads a file into one"
+        )
+    if image.ndim != 3:
+        hint = "repeat a grey image three times: np.stack([image] * 3, axis=2)"
+        hint = hint if image.ndim == 2 else "give one image at a time"
+        raise ValueError(f"image must be (H, W, 3), got the shape {image.shape}; {hint}")
+    if image.shape[2] != 3:
+        hint = "channels come last, in the order red, green, blue"
+        if image.shape[2] == 4:
+            hint = "drop the alpha channel: image[..., :3]"
+        raise ValueError(f"image must be (H, W, 3), got the shape {image.shape}; {hint}")
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"image must hold uint8 values from 0 to 255, got {image.dtype}; scale it to that "
+            "range and convert it with .astype(np.uint8)"
+        )
+    if 0 in image.shape:
+        raise ValueError(f"image is empty, its shape is {image.shape}")

@@ -1,0 +1,82 @@
+"""The audit names everything wrong with a set of pairs in one pass."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from polypseg.data.audit import audit_pairs
+from polypseg.data.folders import find_pairs
+
+
+def save_mask(root: Path, stem: str, values: np.ndarray) -> None:
+    Image.fromarray(values.astype(np.uint8)).save(root / "masks" / f"{stem}.png")
+
+
+def test_sound_pairs_have_no_faults_and_progress_counts_up(
+    write_pairs: Callable[..., Path],
+) -> None:
+    pairs = find_pairs(write_pairs(["a", "b", "c"]))
+    calls: list[tuple[int, int]] = []
+    assert audit_pairs(pairs, lambda done, total: calls.append((done, total))) == []
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_every_fault_is_found_at_once(write_pairs: Callable[..., Path]) -> None:
+    stems = ["cut", "size", "grey", "dim", "empty", "full", "sound", "both"]
+    root = write_pairs(stems)
+    whole = (root / "images" / "cut.jpg").read_bytes()
+    (root / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    save_mask(root, "size", 255 * np.eye(40))
+    save_mask(root, "grey", np.tile(np.linspace(0, 255, 60), (40, 1)))
+    dim = np.zeros((40, 60))
+    dim[:5, :5] = 38
+    save_mask(root, "dim", dim)
+    save_mask(root, "empty", np.zeros((40, 60)))
+    save_mask(root, "full", np.full((40, 60), 255))
+    for path in (root / "images" / "both.jpg", root / "masks" / "both.png"):
+        path.write_bytes(b"rubbish")
+
+    faults = audit_pairs(find_pairs(root))
+    found = [(fault.path.name, fault.severity) for fault in faults]
+    assert sorted(found) == [
+        ("both.jpg", "error"),
+        ("both.png", "error"),
+        ("cut.jpg", "error"),
+        ("dim.png", "error"),
+        ("empty.png", "warning"),
+        ("full.png", "warning"),
+        ("grey.png", "error"),
+        ("size.png", "error"),
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["one-bit", "zero-one", "jpeg"])
+def test_valid_mask_encodings_pass(write_pairs: Callable[..., Path], encoding: str) -> None:
+    root = write_pairs(["a"])
+    png = root / "masks" / "a.png"
+    truth = np.asarray(Image.open(png)) > 0
+    png.unlink()
+    if encoding == "jpeg":
+        Image.fromarray(truth.astype(np.uint8) * 255).save(png.with_suffix(".jpg"), quality=90)
+    else:
+        Image.fromarray(truth if encoding == "one-bit" else truth.astype(np.uint8)).save(png)
+    assert audit_pairs(find_pairs(root)) == []
+
+
+def test_orientation_of_the_image_alone_is_a_warning(write_pairs: Callable[..., Path]) -> None:
+    root = write_pairs(["a"])
+    exif = Image.Exif()
+    exif[0x0112] = 3  # half a turn, which the sizes cannot give away
+    image = root / "images" / "a.jpg"
+    Image.open(image).save(image, exif=exif)
+    faults = audit_pairs(find_pairs(root))
+    assert [(fault.path, fault.severity) for fault in faults] == [(image, "warning")]
+
+
+def test_real_test_sets_are_sound(real_data: Path) -> None:
+    pairs = find_pairs(real_data / "TestDataset" / "CVC-ClinicDB")
+    assert len(pairs) == 62
+    assert audit_pairs(pairs) == []

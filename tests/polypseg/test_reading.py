@@ -1,0 +1,150 @@
+"""Any image file becomes plain RGB, any mask zeros and ones, or an error names the file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from polypseg.data.faults import DataError
+from polypseg.data.folders import Pair
+from polypseg.data.reading import read_image, read_mask, read_pair
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture
+def colours() -> np.ndarray:
+    """An image (6, 8, 3) of which no two pixels are alike."""
+    return np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+
+
+def test_rgb_is_read_as_it_is(tmp_path: Path, colours: np.ndarray) -> None:
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours)
+
+
+def test_alpha_is_dropped(tmp_path: Path, colours: np.ndarray) -> None:
+    alpha = np.full((6, 8, 1), 7, np.uint8)
+    Image.fromarray(np.concatenate([colours, alpha], axis=2)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours)
+
+
+def test_grey_fills_three_channels(tmp_path: Path, colours: np.ndarray) -> None:
+    Image.fromarray(colours[..., 0]).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours[..., [0, 0, 0]])
+
+
+def test_palette(tmp_path: Path) -> None:
+    indices = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
+    indices.putpalette([10, 20, 30, 200, 100, 50, 1, 2, 3])
+    indices.save(tmp_path / "a.png")
+    expected = [[[10, 20, 30], [200, 100, 50]], [[1, 2, 3], [200, 100, 50]]]
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), expected)
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    Image.new("CMYK", (3, 2), (0, 255, 255, 0)).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), np.full((2, 3, 3), [255, 0, 0]))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 256, 257, 32768, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    expected = values.astype(int) * 255 // 65535
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}")[..., 0], expected)
+
+
+def test_exif_orientation_turns_image_and_mask_alike(tmp_path: Path, colours: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # the viewer turns it by 90 degrees clockwise
+    grey = np.where(colours[..., 0] > 127, 255, 0).astype(np.uint8)
+    Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(grey).save(tmp_path / "m.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(colours, -1))
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), np.rot90(grey > 0, -1))
+
+
+def test_mask_threshold_is_128(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 1, 127, 128, 255]], np.uint8)).save(tmp_path / "m.png")
+    mask = read_mask(tmp_path / "m.png")
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, [[0, 0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize("mode", ["one-bit", "zero-one", "sixteen-bit", "rgb", "palette"])
+def test_mask_encodings_agree(tmp_path: Path, mode: str) -> None:
+    truth = np.random.default_rng(2).random((9, 7)) > 0.6
+    picture = {
+        "one-bit": lambda: Image.fromarray(truth),
+        "zero-one": lambda: Image.fromarray(truth.astype(np.uint8)),
+        "sixteen-bit": lambda: Image.fromarray(truth.astype(np.uint16) * 65535),
+        "rgb": lambda: Image.fromarray((truth[..., None] * np.full(3, 255)).astype(np.uint8)),
+        "palette": lambda: Image.fromarray(truth).convert("P"),
+    }[mode]()
+    picture.save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), truth)
+
+
+def test_coloured_mask_is_refused_but_jpeg_noise_is_not(tmp_path: Path) -> None:
+    truth = np.zeros((64, 64), bool)
+    truth[13:45, 22:51] = True
+    white = (truth[..., None] * np.full(3, 255)).astype(np.uint8)
+    Image.fromarray(white).save(tmp_path / "white.jpg", quality=75)
+    assert (read_mask(tmp_path / "white.jpg") == truth).mean() > 0.99
+    red = white * np.array([1, 0, 0], np.uint8)
+    Image.fromarray(red).save(tmp_path / "red.png")
+    with pytest.raises(DataError, match=r"red\.png.*colours"):
+        read_mask(tmp_path / "red.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's own word on the cut TIFF
+def test_truncated_file_is_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    whole = path.read_bytes()
+    for kept in (0, 10, len(whole) // 2):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(DataError, match=rf"a\.{suffix}: cannot be decoded"):
+            read_image(path)
+
+
+def test_damaged_bytes_raise_nothing_but_data_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 3):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "a.png").write_bytes(damaged)
+        try:
+            assert read_image(tmp_path / "a.png").ndim == 3
+        except DataError:
+            refused += 1
+    assert refused > 100
+
+
+def test_missing_file_text_file_and_float_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such file"):
+        read_image(tmp_path / "nothing.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_image(tmp_path / "text.png")
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match="floating-point"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_pair_names_both_bad_files_and_a_size_mismatch(tmp_path: Path) -> None:
+    pair = Pair("a", tmp_path / "a.jpg", tmp_path / "a.png")
+    with pytest.raises(DataError) as caught:
+        read_pair(pair)
+    assert [fault.path for fault in caught.value.faults] == [pair.image, pair.mask]
+    Image.new("RGB", (30, 20)).save(pair.image)
+    Image.new("L", (30, 21)).save(pair.mask)
+    with pytest.raises(DataError, match=r"30 x 21 pixels but its image a\.jpg is 30 x 20"):
+        read_pair(pair)

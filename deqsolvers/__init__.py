@@ -1,6 +1,6 @@
 """Fixed points inside networks: solvers, learned solvers and implicit gradients for PyTorch."""
 
-from deqsolvers.backward import Backward, Implicit, JacobianFree, Phantom
+from deqsolvers.backward import Backward, Implicit, JacobianFree, Phantom, Shine, Unrolled
 from deqsolvers.deq import DEQ
 from deqsolvers.fixed_point import StepInfo, fixed_point
 from deqsolvers.hypersolver.fit import FitEpoch, LossWeights, fit_hypersolver
@@ -26,10 +26,12 @@ __all__ = [
     "Memory",
     "Phantom",
     "Picard",
+    "Shine",
     "Solution",
     "Solver",
     "Status",
     "StepInfo",
+    "Unrolled",
     "fit_hypersolver",
     "fixed_point",
     "jacobian_regularizer",

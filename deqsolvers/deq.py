@@ -20,11 +20,12 @@ class DEQ(nn.Module):
     """A layer whose output is the fixed point ``z* = f(z*, *inputs)`` (Bai, Kolter & Koltun 2019).
 
     Args:
-        f: called as ``f(z, *inputs)``; usually an nn.Module. Returns a state of the structure and shapes
-            of z. All tensors are batch first.
-        solver: the forward method; `Anderson` with its defaults if None. A solver that is an nn.Module
-            (`HyperSolver`) is registered as a submodule.
-        backward: "implicit", "phantom", "jacobian-free" or a `Backward` object.
+        f: called as ``f(z, *inputs)``; usually an nn.Module. Returns a state of the structure and
+            shapes of z. All tensors are batch first.
+        solver: the forward method; `Anderson` with its defaults if None. A solver that is an
+            nn.Module (`HyperSolver`) is registered as a submodule.
+        backward: "implicit", "phantom", "jacobian-free", "shine", "unrolled" or a `Backward`
+            object.
         z0: makes the initial state, called as ``z0(*inputs)``. By default the solver's own
             initializer, or zeros like the first input.
         tol, max_steps, relative, final, stall_after, drop_converged: see `fixed_point`.
@@ -63,10 +64,14 @@ class DEQ(nn.Module):
 
     def forward(self, *inputs: Any, z0: Any = None) -> tuple[Any, Solution]:
         """Solve for the inputs; ``z0`` overrides the initial state (a warm start)."""
-        solution = self.solve(*inputs, z0=z0)
         if not torch.is_grad_enabled():
+            solution = self.solve(*inputs, z0=z0)
             return solution.z, solution
-        return self.backward.attach(self.f, inputs, solution), solution
+        if z0 is None:
+            z0 = self.initial_state(*inputs)
+        z, solution = self.backward.solve(self.f, z0, inputs, self.solver, self.options)
+        self._check(solution)
+        return z, solution
 
     def solve(self, *inputs: Any, z0: Any = None, trace: bool = False) -> Solution:
         """The forward solve alone, without gradients."""
@@ -74,9 +79,12 @@ class DEQ(nn.Module):
             if z0 is None:
                 z0 = self.initial_state(*inputs)
             solution = iterate(self.f, z0, inputs, self.solver, self.options, trace)
+        self._check(solution)
+        return solution
+
+    def _check(self, solution: Solution) -> None:
         if self.raise_on_failure and bool(solution.failed.any()):
             raise ConvergenceError(solution)
-        return solution
 
     def initial_state(self, *inputs: Any) -> Any:
         """Where a solve without ``z0`` starts."""

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -89,9 +90,9 @@ def fixed_point(
 ) -> Solution:
     """Find ``z = f(z, *inputs)`` for every sample of a batch, without gradients.
 
-    Each step evaluates f once, on the samples that are still undecided, and measures the residual of
-    exactly the iterate that was evaluated. A sample's result does not depend on its batch mates as
-    long as f itself treats samples independently.
+    Each step evaluates f once, on the samples that are still undecided, and measures the residual
+    of exactly the iterate that was evaluated. A sample's result does not depend on its batch mates
+    as long as f itself treats samples independently.
 
     Args:
         f: called as ``f(z, *inputs)``; returns a state of the structure and shapes of ``z``.
@@ -103,8 +104,8 @@ def fixed_point(
         tol: a sample has converged at ``||f(z) - z|| <= tol ||f(z)||``. None runs exactly
             ``max_steps`` steps and decides nothing early.
         max_steps: most solver updates. Measuring the last iterate takes one evaluation more.
-        relative: False compares ``||f(z) - z||`` itself with ``tol``; use it where the fixed point may
-            be zero.
+        relative: False compares ``||f(z) - z||`` itself with ``tol``; use it where the fixed point
+            may be zero.
         final: "best" returns each sample's best measured iterate. "last" returns the iterate after
             the last update of samples that did not converge; it is not measured, which saves one
             evaluation, and its residual is NaN.
@@ -139,8 +140,9 @@ def iterate(
     options: Options,
     trace: bool = False,
     callback: Callable[[StepInfo], None] | None = None,
+    keep_memory: bool = False,
 ) -> Solution:
-    """`fixed_point` in the caller's grad mode: with gradients on, the returned z is differentiable."""
+    """`fixed_point` in the caller's grad mode: with gradients on, its z is differentiable."""
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver such as Anderson(), got {solver!r}")
     if not isinstance(inputs, tuple):
@@ -167,7 +169,7 @@ def iterate(
     evaluations = options.max_steps + (options.final == "best")
 
     with autocast.suspended():
-        memory = solver.init(z, layout) if batch else None
+        memory: Any = solver.init(z, layout) if batch else None
         for step in range(evaluations if batch else 0):
             version = 0 if z.is_inference() else z._version
             with autocast.restored():
@@ -194,11 +196,11 @@ def iterate(
                     break
                 if may_drop and running.sum() <= (1 - _DROP_SHARE) * running.numel():
                     rows = running.nonzero().squeeze(1).to(z.device, non_blocking=True)
-                    left = progress.rows
+                    left = progress.rows.numel()
                     progress.take(rows)
                     memory.take(rows)
                     z, fz, g = z[rows], fz[rows], g[rows]
-                    inputs = map_rows(lambda leaf, rows=rows: leaf[rows], inputs, left.numel())
+                    inputs = map_rows(partial(_select, rows=rows), inputs, left)
                     mask.reset()
                     running = None
             if step == options.max_steps:
@@ -212,7 +214,14 @@ def iterate(
                 z = layout.flatten(layout.unflatten(z))
     autocast.forget_weights()
     last = z if options.final == "last" and batch else None
-    return progress.solution(layout, last, calls, rows_evaluated, residuals if trace else None)
+    solution = progress.solution(layout, last, calls, rows_evaluated, residuals if trace else None)
+    if keep_memory:
+        solution.memory = memory
+    return solution
+
+
+def _select(leaf: Tensor, rows: Tensor) -> Tensor:
+    return leaf[rows]
 
 
 def _warn_below_floor(options: Options, layout: Layout, autocast: torch.dtype | None) -> None:
@@ -248,6 +257,7 @@ class _Autocast:
         return torch.autocast(self.device_type, dtype=self.dtype)
 
     def forget_weights(self) -> None:
-        # Half-precision weights cached without gradients must not serve a later call that needs them.
+        # Half-precision weights cached without gradients must not serve a later call that needs
+        # them.
         if self.dtype is not None and not torch.is_grad_enabled():
             torch.clear_autocast_cache()

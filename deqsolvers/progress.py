@@ -44,7 +44,7 @@ class Progress:
             (batch,), torch.inf
         )  # the best residual when progress was last made
         self._mark_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
-        self._first: Tensor | None = None  # ||f(z0) - z0||
+        self._first = z.new_full((batch,), torch.inf)  # ||f(z0) - z0||
         self._left: _Results | None = None
 
     def measure(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Progress:
         if self.options.relative:
             scale = torch.linalg.vector_norm(fz.detach(), dim=1)
             residual = size / scale.clamp_min(torch.finfo(size.dtype).tiny)
-        if self._first is None:
+        if step == 0:
             self._first = size
         running = self._measured = self.running
         finite = residual < torch.inf  # false for NaN too
@@ -69,14 +69,15 @@ class Progress:
 
         status = torch.where(finite, _RUNNING, int(Status.NON_FINITE))
         if self.options.tol is not None:
-            status = self._judge(step, status, residual, size, finite)
+            status = self._judge(step, status, residual, size, self.options.tol)
         self.status = torch.where(running, status.to(torch.int8), self.status)
         self.running = self.status == _RUNNING
         return residual
 
     def _judge(
-        self, step: int, status: Tensor, residual: Tensor, size: Tensor, finite: Tensor
+        self, step: int, status: Tensor, residual: Tensor, size: Tensor, tol: float
     ) -> Tensor:
+        finite = residual < torch.inf
         progressed = residual < _STALL_FACTOR * self._mark
         self._mark = torch.where(progressed, residual, self._mark)
         self._mark_step = torch.where(progressed, step, self._mark_step)
@@ -86,7 +87,7 @@ class Progress:
         diverged = finite & ((size > _DIVERGED_FACTOR * self._first) | (stalled & grown))
         status = torch.where(diverged, int(Status.DIVERGED), status)
         success = Status.STARTED_CONVERGED if step == 0 else Status.CONVERGED
-        return torch.where(residual <= self.options.tol, int(success), status)
+        return torch.where(residual <= tol, int(success), status)
 
     def spread(self, residual: Tensor) -> Tensor:
         """(B,) residuals of the whole batch, NaN for samples decided before this evaluation."""
@@ -165,9 +166,9 @@ class _Results:
 class HostMask:
     """The host's view of which samples are still running.
 
-    On CUDA it is read one step late, through a non-blocking copy: the host waits for the flag of the
-    step before, while the device still works on this one, so the queue never runs dry. A decided
-    sample may be evaluated once more; its result does not change.
+    On CUDA it is read one step late, through a non-blocking copy: the host waits for the flag of
+    the step before, while the device still works on this one, so the queue never runs dry. A
+    decided sample may be evaluated once more; its result does not change.
     """
 
     def __init__(self, device: torch.device):

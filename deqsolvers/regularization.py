@@ -20,12 +20,12 @@ def jacobian_regularizer(
 ) -> Tensor:
     """Hutchinson's estimate of the mean of ``||df/dz||_F^2 / n``, n the features of a sample.
 
-    With ``e ~ N(0, I)``, ``E ||e^T J||^2 = ||J||_F^2``. Adding it to the loss keeps solves short and
-    training stable. The estimate is differentiable w.r.t. f's parameters, and not w.r.t. z.
+    With ``e ~ N(0, I)``, ``E ||e^T J||^2 = ||J||_F^2``. Adding it to the loss keeps solves short
+    and training stable. The estimate is differentiable w.r.t. f's parameters, and not w.r.t. z.
 
     Args:
-        f: called as ``f(z, *inputs)``; must allow differentiating twice (fused attention kernels may
-            not: use ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``).
+        f: called as ``f(z, *inputs)``; must allow differentiating twice (fused attention kernels
+            may not: use ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``).
         z: where the Jacobian is taken, usually ``solution.z``.
         inputs: f's further arguments.
         generator: for the random vectors.
@@ -33,7 +33,8 @@ def jacobian_regularizer(
     Returns:
         A scalar.
 
-    Source: Bai, Koltun & Kolter, "Stabilizing equilibrium models by Jacobian regularization" (ICML 2021).
+    Source: Bai, Koltun & Kolter, "Stabilizing equilibrium models by Jacobian regularization" (ICML
+        2021).
     """
     layout = Layout.of(z, "z")
     with torch.enable_grad():

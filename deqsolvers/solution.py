@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Status(IntEnum):
     """How the solve of one sample ended.
 
-    Positive codes are successes, negative ones failures, zero is neither; compare a whole batch with
-    ``solution.status == Status.CONVERGED``.
+    Positive codes are successes, negative ones failures, zero is neither; compare a whole batch
+    with ``solution.status == Status.CONVERGED``.
     """
 
     STARTED_CONVERGED = 2
@@ -37,22 +38,24 @@ _SENTENCES = {
     Status.CONVERGED: "The residual met the tolerance.",
     Status.FIXED_STEPS: "The requested number of steps was run without a tolerance (tol=None).",
     Status.STEP_LIMIT: (
-        "The residual was still above the tolerance when max_steps ran out. Raise max_steps, loosen "
-        "tol, or use a faster solver (Anderson or Broyden instead of Picard, a larger memory)."
+        "The residual was still above the tolerance when max_steps ran out. Raise max_steps, "
+        "loosen tol, or use a faster solver (Anderson or Broyden instead of Picard, a larger "
+        "memory)."
     ),
     Status.STALLED: (
-        "The residual stopped falling. If it is near the precision floor of the dtype, loosen tol or "
-        "use a wider dtype; if not, f is probably not contractive here: try damping below 1, another "
-        "solver, or train f with a Jacobian regulariser. A part of f that is redrawn at every "
-        "evaluation (dropout, drop path) also has this effect."
+        "The residual stopped falling. If it is near the precision floor of the dtype, loosen tol "
+        "or use a wider dtype; if not, f is probably not contractive here: try damping below 1, "
+        "another solver, or train f with a Jacobian regulariser. A part of f that is redrawn at "
+        "every evaluation (dropout, drop path) also has this effect."
     ),
     Status.DIVERGED: (
-        "The residual grew far beyond its first value. f expands here: try damping below 1, Anderson "
-        "or Broyden instead of Picard, or train f with a Jacobian regulariser."
+        "The residual grew far beyond its first value. f expands here: try damping below 1, "
+        "Anderson or Broyden instead of Picard, or train f with a Jacobian regulariser."
     ),
     Status.NON_FINITE: (
-        "f returned NaN or infinity. The best finite iterate is returned. Look for overflow in half "
-        "precision, a division by zero or a logarithm in f, or inputs that are themselves not finite."
+        "f returned NaN or infinity. The best finite iterate is returned. Look for overflow in "
+        "half precision, a division by zero or a logarithm in f, or inputs that are themselves "
+        "not finite."
     ),
 }
 
@@ -74,19 +77,21 @@ class Solution:
     """The outcome of a fixed-point solve over a batch of B samples.
 
     Attributes:
-        z: the state, in the structure, shapes and dtypes of ``z0``. It is each sample's best measured
-            iterate or, with ``final="last"``, the last one.
+        z: the state, in the structure, shapes and dtypes of ``z0``. It is each sample's best
+            measured iterate or, with ``final="last"``, the last one.
         status: (B,) int8, codes of `Status`.
         residual: (B,) ``||f(z) - z|| / ||f(z)||`` of the returned ``z`` (without the denominator
             when ``relative=False``). Infinity where f was never finite; NaN where ``final="last"``
             returned an iterate that was not measured.
         steps: (B,) solver updates that led from ``z0`` to the returned ``z``.
-        evaluations: (B,) evaluations of f that each sample took part in until its status was decided.
+        evaluations: (B,) evaluations of f that each sample took part in until its status was
+            decided.
         calls: how often f was called, on whatever part of the batch was left.
         rows_evaluated: samples summed over these calls: the work that was really done.
         trace: (calls, B) residual of every evaluated iterate, NaN once a sample was decided;
             ``None`` unless asked for.
         backward: the `Solution` of the implicit backward solve, once that ran.
+        memory: the solver's memory at the end; kept only for backward passes that use it.
     """
 
     z: Any
@@ -98,6 +103,11 @@ class Solution:
     rows_evaluated: int
     trace: Tensor | None = None
     backward: Solution | None = None
+    memory: Any = field(default=None, repr=False)
+
+    def detach(self) -> Solution:
+        """The same outcome with ``z`` cut off from the graph that made it."""
+        return replace(self, z=pytree.tree_map(Tensor.detach, self.z))
 
     @property
     def converged(self) -> Tensor:

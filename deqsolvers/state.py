@@ -126,7 +126,8 @@ class Layout:
         return pytree.tree_unflatten(leaves, self.structure)
 
     def check(self, state: Any, rows: int) -> None:
-        """Raise ValueError, naming the difference, unless ``state`` has this layout and ``rows`` rows.
+        """Raise ValueError, naming the difference, unless ``state`` has this layout and ``rows``
+        rows.
 
         Dtypes may differ: f may compute in half precision (autocast) on an fp32 state.
         """
@@ -163,8 +164,8 @@ def map_rows(function: Callable[[Tensor], Tensor], inputs: Any, batch: int) -> A
             return leaf
         if leaf.dim() == 0 or leaf.shape[0] != batch:
             raise ValueError(
-                f"a tensor in inputs has shape {tuple(leaf.shape)}; its first dimension must be the "
-                f"batch, {batch}. Let f close over tensors that all samples share"
+                f"a tensor in inputs has shape {tuple(leaf.shape)}; its first dimension must be "
+                f"the batch, {batch}. Let f close over tensors that all samples share"
             )
         return function(leaf)
 

@@ -1,1 +1,1 @@
-"""Colon-polyp segmentation with deep equilibrium models. Research use only, not a medical device."""
+"""Colon-polyp segmentation with deep equilibrium models, for research only."""

@@ -96,7 +96,8 @@ class Config:
 
 
 def make_config(changes: Mapping[str, Any] = {}, overrides: Iterable[str] = ()) -> Config:
-    """The defaults with ``changes`` (nested, as in a file) and then ``overrides`` ("section.key=value").
+    """The defaults with ``changes`` (nested, as in a file) and then ``overrides``
+    ("section.key=value").
 
     Raises:
         ConfigError: names every unknown key, wrong type and value out of range at once.

@@ -30,8 +30,8 @@ def load_model(
 ) -> tuple[nn.Module, Config]:
     """The model of a run directory, in evaluation mode, predicting with ``solver``.
 
-    "explicit" takes the weights of the explicit phase and evaluates f once; every other solver takes
-    those of the implicit phase.
+    "explicit" takes the weights of the explicit phase and evaluates f once; every other solver
+    takes those of the implicit phase.
 
     Args:
         run: a directory that `polypseg-train` wrote.
@@ -41,7 +41,8 @@ def load_model(
 
     Raises:
         ValueError: an unknown solver.
-        CheckpointError: the directory is no run, or has not reached the phase that the solver needs.
+        CheckpointError: the directory is no run, or has not reached the phase that the solver
+            needs.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")

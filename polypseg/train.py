@@ -1,4 +1,4 @@
-"""Training in three phases: explicit, implicit, HyperSolver. The whole of it reads top to bottom."""
+"""Training in three phases: explicit, implicit, HyperSolver; it reads top to bottom."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,8 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
 
     in_a_row = 0
     for epoch in range(first, settings.epochs):
-        # Everything random in an epoch follows from these numbers, so a resumed run repeats it exactly.
+        # Everything random in an epoch follows from these numbers, so a resumed run repeats it
+        # exactly.
         torch.manual_seed(hash((run.config.seed, PHASES.index(phase), epoch)) % 2**63)
         solves = implicit is not None and epoch >= implicit.warm_epochs
         model.train()
@@ -208,7 +209,7 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
 
-        averaged = average.module
+        averaged = cast(PolypDEQ, average.module)
         row: dict[str, Any] = {
             "phase": phase,
             "epoch": epoch + 1,
@@ -472,8 +473,8 @@ def _refuse_bad_files(pairs: list[Pair]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="polypseg-train",
-        description="Train a polyp-segmentation DEQ: explicit, then implicit, then its HyperSolver. "
-        "Repeating the command resumes an unfinished run.",
+        description="Train a polyp-segmentation DEQ: explicit, then implicit, then its "
+        "HyperSolver. Repeating the command resumes an unfinished run.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, made if needed")
     parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="settings, e.g. data.size=192")

@@ -35,8 +35,8 @@ class Validation:
         """Mean per-image Dice and IoU at the masks' own resolution, and how the solves went.
 
         Returns:
-            "dice" and "iou"; of an implicit model also "residual" (median), "evaluations" (mean) and
-            "converged" (share of images with a residual of at most 1e-3).
+            "dice" and "iou"; of an implicit model also "residual" (median), "evaluations" (mean)
+            and "converged" (share of images with a residual of at most 1e-3).
         """
         dice, iou = [], []
         residuals: list[Tensor] = []

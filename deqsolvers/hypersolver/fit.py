@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from deqsolvers.state import Layout
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the three losses; the defaults are those of the ICLR paper for images (its table 2)."""
+    """Weights of the three losses; the defaults are the ICLR paper's for images (table 2)."""
 
     convergence: float = 0.1
     initializer: float = 0.02
@@ -45,8 +45,12 @@ class FitEpoch:
     skipped: float
 
 
-# A z* whose own residual is above this is no target; a DEQ most of whose samples are like that is refused.
+# A z* whose own residual is above this is no target; a DEQ most of whose samples are like that is
+# refused.
 _RELIABLE = 1e-2
+_TRIAL = 64  # so many samples are enough to refuse by
+
+_TEACHER_OPTIONS = Options(tol=1e-4, max_steps=100)
 
 
 def fit_hypersolver(
@@ -58,7 +62,7 @@ def fit_hypersolver(
     steps: int = 6,
     lr: float = 1e-3,
     final_lr: float = 1e-6,
-    weights: LossWeights = LossWeights(),
+    weights: LossWeights | None = None,
     teacher: Solver | None = None,
     teacher_tol: float = 1e-4,
     teacher_steps: int = 100,
@@ -68,8 +72,9 @@ def fit_hypersolver(
 ) -> list[FitEpoch]:
     """Train ``hyper`` to solve ``deq``, whose f stays as it is.
 
-    For every batch a classic solver finds z*; the HyperSolver then runs ``steps`` unrolled steps, and
-    Adam (cosine decay from ``lr`` to ``final_lr``) minimises, with every distance relative to ``||z*||``,
+    For every batch a classic solver finds z*; the HyperSolver then runs ``steps`` unrolled steps,
+    and Adam (cosine decay from ``lr`` to ``final_lr``) minimises, with every distance relative to
+    ``||z*||``,
 
     - convergence: ``sum_k w_k ||z_k - z*||``, w_k proportional to k, sum 1;
     - initializer: ``||z_0 - z*||``;
@@ -82,7 +87,7 @@ def fit_hypersolver(
         epochs: passes over ``batches``.
         steps: K, unrolled steps; memory grows with it.
         lr, final_lr: learning rate at the first and last update.
-        weights: of the three losses.
+        weights: of the three losses; the defaults of `LossWeights` if None.
         teacher: the classic solver; `Anderson` with memory 10 if None.
         teacher_tol, teacher_steps: its relative tolerance and limit.
         validation: like ``batches``; measured after every epoch.
@@ -93,13 +98,13 @@ def fit_hypersolver(
         One `FitEpoch` an epoch.
 
     Raises:
-        ValueError: ``batches`` is empty, or z* is unreliable (residual above 1e-2) for most samples
-            of the first epoch: fit the DEQ better before its solver.
+        ValueError: ``batches`` is empty, or z* is unreliable (residual above 1e-2) for most of the
+            first samples: train the DEQ better before its solver.
     """
-    batches = (
-        batches if isinstance(batches, Sequence) or hasattr(batches, "__len__") else list(batches)
-    )
-    total = epochs * len(batches)  # type: ignore[arg-type]
+    weights = weights or LossWeights()
+    if not isinstance(batches, Sized):
+        batches = list(batches)
+    total = epochs * len(batches)
     if total == 0:
         raise ValueError("batches is empty: there is nothing to fit the HyperSolver on")
     parameters = [p for p in hyper.parameters() if p.requires_grad]
@@ -126,6 +131,8 @@ def fit_hypersolver(
                 reliable = target.residual <= _RELIABLE
                 seen += len(reliable)
                 skipped += int((~reliable).sum())
+                if epoch == 1 and seen >= _TRIAL and 2 * skipped > seen:
+                    raise _unreliable(skipped, seen, teacher, teacher_steps)
                 loss, distance = _loss(hyper, deq, inputs, target, reliable, steps, decayed)
                 optimizer.zero_grad()
                 loss.backward(inputs=parameters)
@@ -137,11 +144,7 @@ def fit_hypersolver(
                 if on_batch is not None:
                     on_batch(update, float(losses[-1]))
             if epoch == 1 and 2 * skipped > seen:
-                raise ValueError(
-                    f"z* is unreliable for {skipped} of {seen} samples (residual above {_RELIABLE:g} "
-                    f"after {teacher_steps} steps of {teacher!r}); a HyperSolver would learn noise. "
-                    "Train the DEQ longer or with a Jacobian regulariser first"
-                )
+                raise _unreliable(skipped, seen, teacher, teacher_steps)
             if validation is not None:
                 distances = measure_distances(
                     hyper, deq, validation, steps, teacher=teacher, options=target_options
@@ -162,6 +165,14 @@ def fit_hypersolver(
     return history
 
 
+def _unreliable(skipped: int, seen: int, teacher: Solver, steps: int) -> ValueError:
+    return ValueError(
+        f"z* is unreliable for {skipped} of {seen} samples (residual above {_RELIABLE:g} after "
+        f"{steps} steps of {teacher!r}); a HyperSolver would learn noise. Train the DEQ longer or "
+        "with a Jacobian regulariser first"
+    )
+
+
 def measure_distances(
     solver: Solver,
     deq: DEQ,
@@ -169,9 +180,9 @@ def measure_distances(
     steps: int,
     *,
     teacher: Solver | None = None,
-    options: Options = Options(1e-4, 100),
+    options: Options = _TEACHER_OPTIONS,
 ) -> list[Tensor]:
-    """Mean ``||z_k - z*|| / ||z*||`` after k = 0 .. steps updates of ``solver``, a (steps + 1,) a batch."""
+    """Mean ``||z_k - z*|| / ||z*||`` after k = 0 .. steps updates, a (steps + 1,) a batch."""
     distances = []
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
@@ -213,7 +224,7 @@ def _loss(
 def _unroll(
     solver: Solver, deq: DEQ, inputs: tuple[Any, ...], target: Solution, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """(steps + 1, B) distances to z*, and (steps, B) norms of the mixed residuals (0 if unknown)."""
+    """(steps + 1, B) distances to z*, and (steps, B) norms of mixed residuals (0 if unknown)."""
     layout = Layout.of(target.z)
     goal = layout.flatten(target.z)
     scale = torch.linalg.vector_norm(goal, dim=1).clamp_min(torch.finfo(goal.dtype).tiny)

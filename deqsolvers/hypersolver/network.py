@@ -9,13 +9,13 @@ from torch import Tensor, nn
 class AlphaBetaNetwork(nn.Module):
     """Predicts one raw alpha per past residual and one beta for the step.
 
-    The residuals come pooled to ``features`` numbers each, as a time series of at most ``memory + 1``
-    entries. A 1-D convolution over time, group normalisation and ReLU mix them, a linear layer reads
-    alpha and beta (HyperPolypDEQ, section 3.3 and figure 3).
+    The residuals come pooled to ``features`` numbers each, as a time series of at most ``memory +
+    1`` entries. A 1-D convolution over time, group normalisation and ReLU mix them, a linear layer
+    reads alpha and beta (HyperPolypDEQ, section 3.3 and figure 3).
 
     Where the papers are silent: the series is scaled to unit root mean square, so that the network
-    sees the same at every residual size; the outputs are deviations from a plain step (all weight on
-    the newest pair, beta = 1), which the untrained network takes exactly.
+    sees the same at every residual size; the outputs are deviations from a plain step (all weight
+    on the newest pair, beta = 1), which the untrained network takes exactly.
 
     Args:
         features: numbers each residual is pooled to.
@@ -40,7 +40,10 @@ class AlphaBetaNetwork(nn.Module):
         nn.init.zeros_(self.read.bias)
 
     def forward(self, series: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha (B, k) with sum 1, possibly negative, and beta (B, 1), from (B, k, features), k <= m + 1."""
+        """Alpha (B, k), which sums to 1 and may be negative, and beta (B, 1).
+
+        ``series`` is (B, k, features), oldest residual first, k at most m + 1.
+        """
         batch, length, features = series.shape
         scale = series.square().mean(dim=(1, 2), keepdim=True).sqrt()
         series = series / scale.clamp_min(torch.finfo(series.dtype).tiny)

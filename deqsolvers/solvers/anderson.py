@@ -27,8 +27,9 @@ class Anderson(Solver):
 
     With ``dG`` and ``dF`` the last ``memory`` differences of residuals and of f(z), the step is
     ``f(z) - dF gamma`` where gamma minimises ``||g - dG gamma||``. This equals the mixing
-    ``sum_i alpha_i f(z_i)`` with ``sum_i alpha_i = 1`` over ``memory + 1`` past pairs (HyperPolypDEQ,
-    equations 3 and 4), and is better conditioned when successive residuals are nearly parallel.
+    ``sum_i alpha_i f(z_i)`` with ``sum_i alpha_i = 1`` over ``memory + 1`` past pairs
+    (HyperPolypDEQ, equations 3 and 4), and is better conditioned when successive residuals are
+    nearly parallel.
 
     The least-squares problem is solved through its Gram matrix in double precision, with every
     column scaled to length one, so that ``regularization`` means the same at every scale of f. A

@@ -14,7 +14,7 @@ from deqsolvers.state import Layout
 
 @dataclass
 class Memory:
-    """What a solver remembers between steps; every tensor and `History` in it has one row a sample."""
+    """What a solver remembers between steps; every tensor and `History` has a row a sample."""
 
     def take(self, rows: Tensor) -> None:
         """Keep only these rows, because the other samples left the batch."""
@@ -29,8 +29,8 @@ class Memory:
 class Solver(ABC):
     """A method that turns (z, f(z)) into the next z.
 
-    A solver knows nothing of stopping, statuses or autograd: `deqsolvers.fixed_point` owns those. To
-    add a method, write these two functions; they see (B, features) matrices and must treat every
+    A solver knows nothing of stopping, statuses or autograd: `deqsolvers.fixed_point` owns those.
+    To add a method, write these two functions; they see (B, features) matrices and must treat every
     row on its own. They must not write into their arguments.
     """
 
@@ -40,7 +40,7 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, memory: Any, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        """The next iterate, from the current one, ``fz = f(z)`` and ``g = fz - z``, all (B, features)."""
+        """The iterate after ``z``, given ``fz = f(z)`` and ``g = fz - z``, all (B, features)."""
 
     def start(self, *inputs: Any) -> Any | None:
         """A state to start from where the caller gives none; None if the method has no opinion."""
@@ -48,7 +48,8 @@ class Solver(ABC):
 
 
 class History:
-    """The last ``size`` matrices (B, features) that were pushed, in a ring buffer (B, size, features).
+    """The last ``size`` matrices (B, features) that were pushed, in a ring buffer (B, size,
+    features).
 
     Under autograd every push makes a new buffer, since earlier ones may be saved for backward;
     otherwise it writes in place.

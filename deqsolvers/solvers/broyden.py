@@ -16,17 +16,21 @@ class _BroydenMemory(Memory):
     u: History
     v: History
     length: Tensor  # (B,) newest rank-one terms that are in use, shorter after a reset
-    step: Tensor | None = None  # the last step, z_k - z_(k-1)
-    g: Tensor | None = None
-    hg: Tensor | None = None  # H g of the last step, with the H that made it
+    last: tuple[Tensor, Tensor] | None = None  # the last step, and H g with the H that made it
+
+    def take(self, rows: Tensor) -> None:
+        super().take(rows)
+        if self.last is not None:
+            self.last = self.last[0][rows], self.last[1][rows]
 
 
 class Broyden(Solver):
     """Broyden's first method on ``g(z) = f(z) - z``, with an inverse Jacobian of limited rank.
 
     The inverse is ``H = -I + sum_i u_i v_i^T`` and is updated by the Sherman-Morrison formula
-    (Broyden, 1965). At most ``memory`` rank-one terms are kept; when they are full the sample starts
-    again from -I. A sample whose update would divide by almost zero is reset in the same way.
+    (Broyden, 1965). At most ``memory`` rank-one terms are kept; when they are full the sample
+    starts again from -I. A sample whose update would divide by almost zero is reset in the same
+    way.
 
     Args:
         memory: how many rank-one terms are kept, at least 1.
@@ -52,15 +56,20 @@ class Broyden(Solver):
 
     def step(self, memory: _BroydenMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         hg = self._apply(memory.u, memory.v, memory.length, g)
-        if memory.step is not None and memory.g is not None and memory.hg is not None:
-            hg = self._update(memory, g, hg)
-        memory.g, memory.hg = g, hg
-        memory.step = hg * -self.damping
-        return z + memory.step
+        if memory.last is not None:
+            step, last_hg = memory.last
+            hg = self._update(memory, step, g, hg, hg - last_hg)
+        step = hg * -self.damping
+        memory.last = step, hg
+        return z + step
 
-    def _update(self, memory: _BroydenMemory, g: Tensor, hg: Tensor) -> Tensor:
-        """Add the rank-one term of the last step; returns H g with the new H."""
-        step, h_change = memory.step, hg - memory.hg  # type: ignore[operator]
+    def _update(
+        self, memory: _BroydenMemory, step: Tensor, g: Tensor, hg: Tensor, h_change: Tensor
+    ) -> Tensor:
+        """Add the rank-one term of the last step; returns H g with the new H.
+
+        ``h_change`` is H times the change of g over that step, with the old H.
+        """
         v = self._apply(memory.v, memory.u, memory.length, step)
         denominator = torch.linalg.vecdot(step, h_change).unsqueeze(1)
         size = (
@@ -70,16 +79,23 @@ class Broyden(Solver):
         inverse = torch.where(usable, 1 / denominator, 0.0)
         u = (step - h_change).mul_(inverse)
         full = (memory.length == self.memory) | ~usable.squeeze(1)
+        # Where g did not change at all the loop holds a decided sample; its H stays as it is.
+        held = (h_change == 0).all(1)
+        full = full & ~held
         memory.u.push(u)
-        memory.v.push(v)
-        memory.length = torch.where(full, 0, memory.length + 1)
+        memory.v.push(torch.where(held.unsqueeze(1), 0.0, v))
+        memory.length = torch.where(full, 0, (memory.length + 1).clamp_max(self.memory))
         updated = hg + u * torch.linalg.vecdot(v, g).unsqueeze(1)
         # After a reset H is -I again, and the next difference must be taken with that H.
         return torch.where(full.unsqueeze(1), -g, updated)
 
+    def inverse_transposed(self, memory: _BroydenMemory, v: Tensor) -> Tensor:
+        """``H^T v``, H the estimate of the inverse Jacobian of f(z) - z that ``memory`` holds."""
+        return self._apply(memory.v, memory.u, memory.length, v)
+
     @staticmethod
     def _apply(left: History, right: History, length: Tensor, x: Tensor) -> Tensor:
-        """``(-I + sum_i left_i right_i^T) x`` over the terms in use; swap the two for the transpose."""
+        """``(-I + sum_i left_i right_i^T) x`` over the terms in use; swapped, the transpose."""
         if left.filled == 0:
             return -x
         weights = torch.where(left.ages() < length.unsqueeze(1), right.dot(x), 0.0)

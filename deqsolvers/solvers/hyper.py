@@ -28,9 +28,10 @@ class HyperSolver(nn.Module, Solver):
     """A learned solver for one DEQ (Bai, Koltun & Kolter, ICLR 2022; HyperPolypDEQ, section 3.3).
 
     The initializer guesses z0 from the inputs; every step is
-    ``z <- sum_i alpha_i z_i + beta sum_i alpha_i g_i`` over the last ``memory + 1`` pairs, with alpha
-    (sum 1, possibly negative) and beta predicted by a small network from the pooled residuals. There is
-    no least-squares problem, and the network's cost does not depend on the state's width.
+    ``z <- sum_i alpha_i z_i + beta sum_i alpha_i g_i`` over the last ``memory + 1`` pairs, with
+    alpha (sum 1, possibly negative) and beta predicted by a small network from the pooled
+    residuals. There is no least-squares problem, and the network's cost does not depend on the
+    state's width.
 
     An untrained HyperSolver is plain fixed-point iteration from an untrained guess; train it with
     `fit_hypersolver`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -19,8 +20,8 @@ ENCODERS = ("b0", "b1", "b2", "b3", "b4", "b5")
 class MixTransformer(nn.Module):
     """The four stages of MiT-B0..B5 (Xie et al., SegFormer, NeurIPS 2021), without a head.
 
-    Stage outputs are (B, C_i, H / 2^(i+1), W / 2^(i+1)) for i = 1..4; for B0 C = 32, 64, 160, 256. Nothing
-    in it is random at training time, because it serves inside a fixed point.
+    Stage outputs are (B, C_i, H / 2^(i+1), W / 2^(i+1)) for i = 1..4; for B0 C = 32, 64, 160, 256.
+    Nothing in it is random at training time, because it serves inside a fixed point.
 
     Args:
         size: one of "b0" ... "b5".
@@ -30,26 +31,19 @@ class MixTransformer(nn.Module):
         super().__init__()
         if size not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {size!r}")
-        net = timm.create_model(f"pvt_v2_{size}", mlp_ratios=_MLP_RATIOS, num_classes=0)
-        self.patch_embed = net.patch_embed
-        self.stages = net.stages
+        net: Any = timm.create_model(f"pvt_v2_{size}", mlp_ratios=_MLP_RATIOS, num_classes=0)
+        self.patch_embed: nn.Module = net.patch_embed
+        self.stages = nn.ModuleList(net.stages)
         self.channels: tuple[int, ...] = tuple(info["num_chs"] for info in net.feature_info)
 
-    def first(self, images: Tensor) -> Tensor:
-        """Stage 1: (B, 3, H, W) -> (B, C1, H/4, W/4)."""
-        return self.stages[0](self.patch_embed(images))
-
-    def rest(self, features: Tensor) -> list[Tensor]:
-        """Stages 2 to 4 on stage-1 features; their three outputs, fine to coarse."""
-        outputs = []
-        for stage in self.stages[1:]:
-            features = stage(features)
-            outputs.append(features)
-        return outputs
-
     def forward(self, images: Tensor) -> list[Tensor]:
-        first = self.first(images)
-        return [first, *self.rest(first)]
+        """The stage outputs of (B, 3, H, W), fine to coarse."""
+        x = self.patch_embed(images)
+        outputs = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return outputs
 
 
 def load_encoder_weights(encoder: MixTransformer, path: Path) -> None:
@@ -58,7 +52,8 @@ def load_encoder_weights(encoder: MixTransformer, path: Path) -> None:
     Keys of a segmentation or classification head are ignored; everything else must fit.
 
     Raises:
-        CheckpointError: the file cannot be read safely, or keys or shapes do not fit; nothing is loaded.
+        CheckpointError: the file cannot be read safely, or keys or shapes do not fit; nothing is
+            loaded.
     """
     tensors = {}
     for key, value in _read(path).items():

@@ -30,7 +30,7 @@ class Prediction:
 
 
 class ResidualInjection(nn.Module):
-    """Injects image features e into the state z by a basic residual block: z + e + block([z, e])."""
+    """Injects image features e into the state z by a residual block: z + e + block([z, e])."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -74,7 +74,8 @@ class PolypDEQ(nn.Module):
         injection: "add" (z + e) or "res" (a residual block on both).
         classes: output channels; 1 is a binary logit.
 
-    ``deq`` is the `DEQ` layer around f: replace it by ``deq.with_solver(...)`` to solve differently.
+    ``deq`` is the `DEQ` layer around f: replace it by ``deq.with_solver(...)`` to solve
+    differently.
     """
 
     def __init__(self, encoder: str = "b0", injection: str = "add", classes: int = 1):
@@ -91,8 +92,7 @@ class PolypDEQ(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels, classes, 1),
         )
-        # The encoder as one module, to load weights into; its parts are registered above.
-        self._encoder = (mit,)
+        self._encoder = (mit,)  # a tuple, because a module would be registered twice
 
     @property
     def encoder(self) -> MixTransformer:

@@ -1,0 +1,196 @@
+"""Exact gradients by the implicit function theorem."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from deqsolvers.backward.base import Backward
+from deqsolvers.fixed_point import Options, iterate
+from deqsolvers.solution import ConvergenceWarning, Solution
+from deqsolvers.solvers import Anderson, Solver
+from deqsolvers.state import Layout
+
+
+class Implicit(Backward):
+    """The implicit function theorem: exact gradients at the fixed point, whatever solver found it.
+
+    With v the gradient at z*, the backward pass solves ``u = v + J^T u``, J = df/dz at z*, by any
+    fixed-point solver at one vector-Jacobian product a step, and passes u through one call of f
+    (Bai, Kolter & Koltun 2019, theorem 1). Memory does not depend on the number of forward steps.
+    The pass may be repeated (``retain_graph``), interleaved with other solves, and differentiated
+    again.
+
+    A backward solve that misses its tolerance raises a `ConvergenceWarning`; its outcome stands in
+    ``Solution.backward`` of the forward solution.
+
+    Args:
+        solver: method for u; `Anderson` with its defaults if None.
+        tol: relative tolerance for u.
+        max_steps: most steps for u.
+    """
+
+    def __init__(self, solver: Solver | None = None, tol: float = 1e-4, max_steps: int = 50):
+        self.solver = solver or Anderson()
+        # The recorded graph of f spans the whole batch, so samples cannot leave it.
+        self.options = Options(tol, max_steps, drop_converged=False)
+
+    def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:
+        layout = Layout.of(solution.z)
+        leaves, structure = pytree.tree_flatten(inputs)
+        places = [
+            place
+            for place, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and leaf.requires_grad
+        ]
+
+        def matrix_f(z: Tensor, variables: tuple[Tensor, ...]) -> Tensor:
+            given = list(leaves)
+            for place, variable in zip(places, variables, strict=True):
+                given[place] = variable
+            return layout.flatten(f(layout.unflatten(z), *pytree.tree_unflatten(given, structure)))
+
+        fixed = layout.flatten(solution.z).detach()
+        variables = tuple(leaves[place] for place in places)
+        return layout.unflatten(self._attach(matrix_f, fixed, variables, solution))
+
+    def _attach(
+        self,
+        f: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+        fixed: Tensor,
+        variables: tuple[Tensor, ...],
+        solution: Solution | None,
+    ) -> Tensor:
+        leaf = fixed.detach().requires_grad_()
+        aliases = tuple(variable.view_as(variable) for variable in variables)
+        recorded = f(leaf, aliases)
+        closure = _closure_leaves(recorded, (leaf, *aliases))
+        if not variables and not closure:
+            return fixed  # f depends on nothing that needs a gradient
+        return _ImplicitGradient.apply(
+            self, f, solution, len(variables), fixed, leaf, recorded, *variables, *closure
+        )
+
+    def adjoint(
+        self, vjp: Callable[[Tensor], Tensor], v: Tensor, solution: Solution | None
+    ) -> Tensor:
+        """Solve ``u = v + vjp(u)`` without recording."""
+        with torch.no_grad():
+            found = iterate(lambda u: v + vjp(u), v, (), self.solver, self.options)
+        if solution is not None:
+            solution.backward = found
+        if bool(found.failed.any()):
+            warnings.warn(
+                f"the implicit backward pass did not converge: {found.describe()}",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return found.z
+
+
+class _ImplicitGradient(torch.autograd.Function):
+    """Identity on the fixed point whose gradient is multiplied by (I - J)^-T on its way to f.
+
+    In an ordinary backward pass that gradient goes through ``recorded``, the call of f that the
+    forward pass recorded. A pass that is itself differentiated (create_graph) cannot use it,
+    because there z* is a constant. It records f again at this node's own output and returns the
+    gradients of all that f depends on (``variables``, and the leaves in f's closure) itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        method: Implicit,
+        f: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+        solution: Solution | None,
+        count: int,
+        fixed: Tensor,
+        leaf: Tensor,
+        recorded: Tensor,
+        *sources: Tensor,
+    ) -> Tensor:
+        ctx.method, ctx.f, ctx.solution, ctx.count = method, f, solution, count
+        ctx.set_materialize_grads(False)
+        out = fixed.clone()
+        ctx.save_for_backward(out, leaf, recorded, *sources)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (v,) = grads
+        out, leaf, recorded, *sources = ctx.saved_tensors
+        nothing = (None,) * 6
+        if v is None:  # a closed gate stands between this pass and the output
+            return (*nothing, None, *(None for _ in sources))
+        if not torch.is_grad_enabled():
+            u = ctx.method.adjoint(lambda u: _vjp(recorded, leaf, u), v, ctx.solution)
+            return (*nothing, u, *(None for _ in sources))
+
+        gate = _Gate()
+        z = gate(out)
+        variables = tuple(gate(source) for source in sources[: ctx.count])
+        again = ctx.f(z, variables)
+        fixed = ctx.method.adjoint(lambda u: _vjp(again, z, u), v.detach(), ctx.solution)
+        # u is a fixed point too, so its gradient is attached in the same way.
+        u = ctx.method._attach(
+            lambda u, _: v + _vjp(again, z, u, create_graph=True), fixed, (), None
+        )
+        targets = (*variables, *sources[ctx.count :])
+        partial = torch.autograd.grad(again, targets, u, create_graph=True, allow_unused=True)
+        gate.open = True
+        return (*nothing, None, *partial)
+
+
+class _Gate:
+    """Makes aliases through which no gradient flows back until the gate is opened.
+
+    It parts the partial derivatives of f, taken while it is closed, from their own dependence on
+    the aliased tensors, which later passes need.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Gated.apply(self, x)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: _Gate, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gate = gate
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None]:
+        return None, grads[0] if ctx.gate.open else None
+
+
+def _closure_leaves(root: Tensor, known: tuple[Tensor, ...]) -> list[Tensor]:
+    """The leaf tensors that ``root`` was computed from, other than through ``known``."""
+    seen: set[Any] = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    found = []
+    waiting = [root.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is tensor for tensor in known):
+            found.append(variable)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _vjp(fz: Tensor, z: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:
+    (product,) = torch.autograd.grad(
+        fz, z, u, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return torch.zeros_like(z) if product is None else product

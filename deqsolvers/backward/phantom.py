@@ -1,0 +1,48 @@
+"""Inexact gradients from a few recorded calls of f."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deqsolvers.backward.base import Backward, on_matrices
+from deqsolvers.solution import Solution
+from deqsolvers.solvers.base import check_count, check_fraction
+from deqsolvers.state import Layout
+
+
+class Phantom(Backward):
+    """Phantom gradient: backpropagate through a few damped steps of f from the fixed point.
+
+    Args:
+        steps: how many steps are recorded; memory grows with it.
+        damping: the step ``z <- z + damping (f(z) - z)``, in (0, 1].
+
+    Source: Geng et al., "On training implicit models" (NeurIPS 2021).
+    """
+
+    def __init__(self, steps: int = 5, damping: float = 0.5):
+        self.steps = check_count("steps", steps)
+        self.damping = check_fraction("damping", damping)
+
+    def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:
+        layout = Layout.of(solution.z)
+        matrix_f = on_matrices(f, inputs, layout)
+        z = layout.flatten(solution.z).detach()
+        for _ in range(self.steps):
+            fz = matrix_f(z)
+            z = fz if self.damping == 1 else torch.lerp(z, fz, self.damping)
+        return layout.unflatten(z)
+
+
+class JacobianFree(Phantom):
+    """Jacobian-free backpropagation: one recorded call of f at the fixed point, (I - J)^-1 taken as
+    I.
+
+    Source: Fung et al., "JFB: Jacobian-free backpropagation for implicit networks" (AAAI 2022).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(steps=1, damping=1.0)

@@ -5,8 +5,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 
 # With DATA=DIR the demonstration trains on the image/mask pairs below DIR, otherwise on images it draws itself.
-# $$DATA is expanded by the shell (make exports it), so that a path may hold spaces and quotes.
-DEMO_ARGS = $(if $(DATA),runs/demo-data --data "$$DATA",--demo runs/demo)
+# $$DATA is expanded by the shell (make exports it), so that a path may hold spaces, quotes or dollar signs.
+DEMO_ARGS = $(if $(DATA),runs/demo-data --data "$$DATA",runs/demo)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch "$@"
 
 demo: venv ## train a small model and show its results (DATA=DIR: on your own images)
-	"$(VENV)/bin/polypseg-train" $(DEMO_ARGS)
+	"$(VENV)/bin/polypseg-train" --demo $(DEMO_ARGS)
 
 test: lint ## check style and types, then run every test
 	"$(PY)" -m pytest

@@ -1,10 +1,13 @@
 """Fixed points inside networks: solvers, learned solvers and implicit gradients for PyTorch."""
 
 from deqsolvers.backward import Backward, Implicit, JacobianFree, Phantom, Shine, Unrolled
+from deqsolvers.correction import fixed_point_correction
 from deqsolvers.deq import DEQ
+from deqsolvers.dropout import VariationalDropout, fixed_masks
 from deqsolvers.fixed_point import StepInfo, fixed_point
 from deqsolvers.hypersolver.fit import FitEpoch, LossWeights, fit_hypersolver
-from deqsolvers.regularization import jacobian_regularizer
+from deqsolvers.normalization import cached_weights
+from deqsolvers.regularization import jacobian_regularizer, spectral_radius
 from deqsolvers.solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from deqsolvers.solvers import Anderson, Broyden, Memory, Picard, Solver
 from deqsolvers.solvers.hyper import HyperSolver
@@ -32,7 +35,12 @@ __all__ = [
     "Status",
     "StepInfo",
     "Unrolled",
+    "VariationalDropout",
+    "cached_weights",
     "fit_hypersolver",
+    "fixed_masks",
     "fixed_point",
+    "fixed_point_correction",
     "jacobian_regularizer",
+    "spectral_radius",
 ]

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deqsolvers.backward import Backward, get_backward
+from deqsolvers.dropout import hold_masks
 from deqsolvers.fixed_point import Options, iterate
+from deqsolvers.normalization import cached_weights
+from deqsolvers.precision import widen
 from deqsolvers.solution import ConvergenceError, Solution
 from deqsolvers.solvers import Anderson, Solver
+from deqsolvers.solvers.base import check_solver
 
 
 class DEQ(nn.Module):
@@ -53,7 +57,8 @@ class DEQ(nn.Module):
     ):
         super().__init__()
         self.f = f
-        self.solver = solver or Anderson()
+        self.solver = Anderson() if solver is None else solver
+        check_solver(self.solver)
         self.backward = get_backward(backward)
         self.z0 = z0
         self.options = Options(tol, max_steps, relative, final, stall_after, drop_converged)
@@ -69,16 +74,19 @@ class DEQ(nn.Module):
             return solution.z, solution
         if z0 is None:
             z0 = self.initial_state(*inputs)
-        z, solution = self.backward.solve(self.f, z0, inputs, self.solver, self.options)
+        with cached_weights(self.f):
+            f, held = hold_masks(self.f, inputs, z0)
+            z, solution = self.backward.solve(f, z0, held, self.solver, self.options)
         self._check(solution)
         return z, solution
 
     def solve(self, *inputs: Any, z0: Any = None, trace: bool = False) -> Solution:
         """The forward solve alone, without gradients."""
-        with torch.no_grad():
+        with torch.no_grad(), cached_weights(self.f):
             if z0 is None:
                 z0 = self.initial_state(*inputs)
-            solution = iterate(self.f, z0, inputs, self.solver, self.options, trace)
+            f, held = hold_masks(self.f, inputs, z0)
+            solution = iterate(f, z0, held, self.solver, self.options, trace)
         self._check(solution)
         return solution
 
@@ -92,10 +100,10 @@ class DEQ(nn.Module):
             return self.z0(*inputs)
         started = self.solver.start(*inputs)
         if started is not None:
-            return started
+            return widen(started)
         for leaf in pytree.tree_leaves(inputs):
             if isinstance(leaf, Tensor):
-                return torch.zeros_like(leaf)
+                return widen(torch.zeros_like(leaf))
         raise ValueError("the DEQ has no tensor input to take the state's shape from; give z0")
 
     def with_solver(self, solver: Solver, **changes: Any) -> DEQ:

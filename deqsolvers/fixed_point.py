@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,23 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from deqsolvers.precision import Autocast, warn_below_floor, widen
 from deqsolvers.progress import HostMask, Progress
 from deqsolvers.solution import ConvergenceError, Solution
 from deqsolvers.solvers import Anderson, Solver
-from deqsolvers.solvers.base import check_count
+from deqsolvers.solvers.base import check_count, check_solver
 from deqsolvers.state import Layout, map_rows
-
-# Smallest relative residual that a state of this precision can be expected to reach (measured).
-_PRECISION_FLOOR = {
-    torch.float64: 1e-15,
-    torch.float32: 3e-7,
-    torch.float16: 6e-4,
-    torch.bfloat16: 5e-3,
-    torch.complex64: 3e-7,
-    torch.complex128: 1e-15,
-}
 
 # Dropping decided samples copies the solver's memory; it pays once this share of the batch is gone.
 _DROP_SHARE = 0.2
@@ -66,7 +54,7 @@ class Options:
     def __post_init__(self) -> None:
         check_count("max_steps", self.max_steps)
         check_count("stall_after", self.stall_after)
-        if self.tol is not None and not self.tol >= 0:
+        if self.tol is not None and not (isinstance(self.tol, (int, float)) and self.tol >= 0):
             raise ValueError(f"tol must be None or a number of at least 0, got {self.tol!r}")
         if self.final not in ("best", "last"):
             raise ValueError(f"final must be 'best' or 'last', got {self.final!r}")
@@ -143,22 +131,22 @@ def iterate(
     keep_memory: bool = False,
 ) -> Solution:
     """`fixed_point` in the caller's grad mode: with gradients on, its z is differentiable."""
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver such as Anderson(), got {solver!r}")
+    check_solver(solver)
     if not isinstance(inputs, tuple):
         raise TypeError(
             f"inputs must be a tuple of f's further arguments, got {type(inputs).__name__}"
         )
-    autocast = _Autocast(z0 if z0 is not None else inputs)
+    autocast = Autocast(z0 if z0 is not None else inputs)
     if z0 is None:
-        z0 = solver.start(*inputs)
+        z0 = widen(solver.start(*inputs))
         if z0 is None:
             raise ValueError(f"z0 is needed: {solver!r} has no initializer")
     layout = Layout.of(z0)
-    z = layout.flatten(z0)
+    # A copy, so that nothing that f does to z can reach the caller's z0.
+    z = layout.flatten(z0).clone()
     batch = z.shape[0]
     inputs = map_rows(lambda leaf: leaf, inputs, batch)
-    _warn_below_floor(options, layout, autocast.dtype)
+    warn_below_floor(options.tol if options.relative else None, layout.dtypes, autocast.dtype)
 
     progress = Progress(z, options)
     early = options.tol is not None
@@ -171,12 +159,12 @@ def iterate(
     with autocast.suspended():
         memory: Any = solver.init(z, layout) if batch else None
         for step in range(evaluations if batch else 0):
-            version = 0 if z.is_inference() else z._version
+            version = _version(z, first=calls == 0)
             with autocast.restored():
                 state = f(layout.unflatten(z), *inputs)
             if calls == 0:
                 layout.check(state, z.shape[0])
-            if not z.is_inference() and z._version != version:
+            if _changed(z, version):
                 raise ValueError(
                     "f changed its argument z in place, which would make every residual zero; let "
                     "it work on a copy (avoid z += ..., z.relu_() and the like)"
@@ -184,6 +172,12 @@ def iterate(
             calls += 1
             rows_evaluated += z.shape[0]
             fz = layout.flatten(state)
+            if fz.shape != z.shape:
+                raise ValueError(
+                    f"f returned {fz.shape[0]} samples for the {z.shape[0]} that are left of "
+                    f"{batch}. It may use a tensor of the whole batch: pass that through inputs, "
+                    "so that its samples leave with the others, or set drop_converged=False"
+                )
             g = fz - z
             residual = progress.measure(step, z, fz, g)
             if trace:
@@ -220,44 +214,22 @@ def iterate(
     return solution
 
 
+def _version(z: Tensor, first: bool) -> int | Tensor | None:
+    """What `_changed` needs to tell whether f wrote into ``z``."""
+    if torch.compiler.is_compiling():
+        return None
+    if z.is_inference():  # torch does not count writes here; once is enough to catch such an f
+        return z.clone() if first else None
+    return z._version
+
+
+def _changed(z: Tensor, version: int | Tensor | None) -> bool:
+    if version is None:
+        return False
+    if isinstance(version, Tensor):
+        return not torch.equal(z, version)
+    return z._version != version
+
+
 def _select(leaf: Tensor, rows: Tensor) -> Tensor:
     return leaf[rows]
-
-
-def _warn_below_floor(options: Options, layout: Layout, autocast: torch.dtype | None) -> None:
-    if not options.tol or not options.relative:
-        return
-    dtypes = layout.dtypes if autocast is None else (*layout.dtypes, autocast)
-    coarsest = max(dtypes, key=lambda dtype: _PRECISION_FLOOR[dtype])
-    if options.tol < _PRECISION_FLOOR[coarsest]:
-        warnings.warn(
-            f"tol={options.tol:g} is below what {coarsest} can reach, about "
-            f"{_PRECISION_FLOOR[coarsest]:g}; samples will end as stalled or at the step limit",
-            stacklevel=4,
-        )
-
-
-class _Autocast:
-    """Keeps solver algebra out of autocast while f runs under whatever the caller set."""
-
-    def __init__(self, example: Any):
-        tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
-        self.device_type = tensors[0].device.type if tensors else "cpu"
-        enabled = torch.is_autocast_enabled(self.device_type)
-        self.dtype = torch.get_autocast_dtype(self.device_type) if enabled else None
-
-    def suspended(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, enabled=False)
-
-    def restored(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
-
-    def forget_weights(self) -> None:
-        # Half-precision weights cached without gradients must not serve a later call that needs
-        # them.
-        if self.dtype is not None and not torch.is_grad_enabled():
-            torch.clear_autocast_cache()

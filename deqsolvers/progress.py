@@ -49,18 +49,16 @@ class Progress:
 
     def measure(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         """Judge the iterate ``z`` after ``step`` updates; returns its residual (b,)."""
-        size = torch.linalg.vector_norm(g.detach(), dim=1)
-        residual = size
+        size = residual = _row_norms(g.detach())
         if self.options.relative:
-            scale = torch.linalg.vector_norm(fz.detach(), dim=1)
-            residual = size / scale.clamp_min(torch.finfo(size.dtype).tiny)
+            residual = size / _row_norms(fz.detach()).clamp_min(torch.finfo(size.dtype).tiny)
         if step == 0:
             self._first = size
         running = self._measured = self.running
-        finite = residual < torch.inf  # false for NaN too
+        finite = size < torch.inf  # false for NaN too
         better = running & (residual < self.best_residual)
-        if not z.is_cuda and bool(better.all()):
-            self.best_z = z  # no copy is needed where the host can look for free
+        if not z.is_cuda and not torch.compiler.is_compiling() and bool(better.all()):
+            self.best_z = z  # no copy is needed, and here the host can look for free
         else:
             self.best_z = torch.where(better.unsqueeze(1), z, self.best_z)
         self.best_residual = torch.where(better, residual, self.best_residual)
@@ -77,7 +75,7 @@ class Progress:
     def _judge(
         self, step: int, status: Tensor, residual: Tensor, size: Tensor, tol: float
     ) -> Tensor:
-        finite = residual < torch.inf
+        finite = size < torch.inf
         progressed = residual < _STALL_FACTOR * self._mark
         self._mark = torch.where(progressed, residual, self._mark)
         self._mark_step = torch.where(progressed, step, self._mark_step)
@@ -142,6 +140,18 @@ class Progress:
             rows_evaluated=rows_evaluated,
             trace=trace,
         )
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """(b,) Euclidean norms that neither overflow nor vanish where the entries do not."""
+    norms = torch.linalg.vector_norm(x, dim=1)
+    if x.dtype != torch.float32:
+        return norms
+    # Double precision is several times slower on a CPU, but there a look at the norms is free.
+    may_look = not x.is_cuda and not torch.compiler.is_compiling()
+    if may_look and bool(((norms > 0) & (norms < torch.inf)).all()):
+        return norms
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
 
 
 class _Results:

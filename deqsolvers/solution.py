@@ -46,16 +46,17 @@ _SENTENCES = {
         "The residual stopped falling. If it is near the precision floor of the dtype, loosen tol "
         "or use a wider dtype; if not, f is probably not contractive here: try damping below 1, "
         "another solver, or train f with a Jacobian regulariser. A part of f that is redrawn at "
-        "every evaluation (dropout, drop path) also has this effect."
+        "every evaluation (dropout, drop path) also has this effect, and so has a fixed point of "
+        "zero, where only an absolute residual can fall (relative=False)."
     ),
     Status.DIVERGED: (
         "The residual grew far beyond its first value. f expands here: try damping below 1, "
         "Anderson or Broyden instead of Picard, or train f with a Jacobian regulariser."
     ),
     Status.NON_FINITE: (
-        "f returned NaN or infinity. The best finite iterate is returned. Look for overflow in "
-        "half precision, a division by zero or a logarithm in f, or inputs that are themselves "
-        "not finite."
+        "f returned NaN or infinity, or a step overflowed. The best finite iterate is returned. "
+        "Look for overflow in half precision, a division by zero or a logarithm in f, or inputs "
+        "that are themselves not finite."
     ),
 }
 

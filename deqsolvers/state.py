@@ -102,7 +102,7 @@ class Layout:
         """(B, features) matrix of ``state``; a view where no conversion is needed."""
         if isinstance(state, Tensor):  # the common case, without a walk through the tree
             return self._column(state)
-        leaves = pytree.tree_leaves(state)
+        leaves = self.structure.flatten_up_to(state)  # by key, in whatever order f made a dict
         if len(leaves) == 1:
             return self._column(leaves[0])
         return torch.cat([self._column(leaf) for leaf in leaves], dim=1)
@@ -131,8 +131,13 @@ class Layout:
 
         Dtypes may differ: f may compute in half precision (autocast) on an fp32 state.
         """
-        leaves, structure = pytree.tree_flatten(state)
-        if structure != self.structure:
+        structure = pytree.tree_structure(state)
+        try:
+            leaves = self.structure.flatten_up_to(state)
+            fits = len(leaves) == structure.num_leaves
+        except ValueError:
+            fits = False
+        if not fits or structure.num_nodes != self.structure.num_nodes:
             raise ValueError(
                 f"f must return a state of the structure of z0, {self.structure}; got {structure}"
             )

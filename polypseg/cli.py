@@ -20,38 +20,45 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """`polypseg-evaluate`: score a run on test folders."""
-    return _run("evaluate", "results are written at the end, so there are none", argv)
+    return _run("evaluate", "nothing was written", argv)
 
 
 def predict(argv: Sequence[str] | None = None) -> int:
     """`polypseg-predict`: segment images with a run."""
-    return _run("predict", "what is written so far is complete image by image", argv)
+    return _run("predict", "the masks written so far are complete", argv)
 
 
 def _run(name: str, on_interrupt: str, argv: Sequence[str] | None) -> int:
     program = f"polypseg-{name}"
     try:
-        main: Callable[[Sequence[str] | None], int] = import_module(f"polypseg.{name}").main
+        return _call(name, argv)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("polypseg", "deqsolvers"):
             raise  # a fault of this installation that no extra cures
         _tell(
-            f'polypseg needs its extra packages: pip install "deqsolvers[polypseg]" '
+            'polypseg needs its extra packages: pip install "deqsolvers[polypseg]" '
             f"({package} is missing)"
         )
         return 2
-    # Known by now to be importable.
+    except KeyboardInterrupt:
+        _tell(f"\n{program}: interrupted; {on_interrupt}")
+        return INTERRUPTED
+
+
+def _call(name: str, argv: Sequence[str] | None) -> int:
+    # Imported late, so that a missing package or an early Ctrl-C makes no traceback.
+    main: Callable[[Sequence[str] | None], int] = import_module(f"polypseg.{name}").main
     from polypseg.checkpoint import CheckpointError
 
     try:
         return main(argv)
-    except (CheckpointError, ValueError, OSError) as error:
-        _tell(f"{program}: error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        _tell(f"\n{program}: interrupted; {on_interrupt}")
-        return INTERRUPTED
+    except OSError as error:
+        message = error.strerror or str(error)
+        _tell(f"polypseg-{name}: error: {f'{error.filename}: ' if error.filename else ''}{message}")
+    except (CheckpointError, ValueError) as error:
+        _tell(f"polypseg-{name}: error: {error}")
+    return 1
 
 
 def _tell(message: str) -> None:

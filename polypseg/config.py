@@ -75,6 +75,7 @@ class SolveConfig:
     tol: float
     max_steps: int
     memory: int
+    anderson_memory: int
     hyper_steps: int
 
 

@@ -15,14 +15,14 @@ PREDICTION: Colour = (255, 230, 0)  # yellow
 TRUTH: Colour = (0, 230, 0)  # green
 
 TINT = 0.2
-PIXELS_PER_LINE_WIDTH = 250
+PIXELS_PER_LINE_WIDTH = 160
 JPEG_QUALITY = 92
 
 
 def draw_contour(image: np.ndarray, mask: np.ndarray, colour: Colour) -> np.ndarray:
     """Draw the border of a mask, holes included, on a copy of an image.
 
-    The line is one pixel wide for every 250 of the longer side, so it stays visible when the
+    The line is one pixel wide for every 160 of the longer side, so it stays visible when the
     picture is scaled down.
 
     Args:
@@ -61,7 +61,8 @@ def fit(image: np.ndarray, width: int, height: int) -> np.ndarray:
 def encode(image: np.ndarray, kind: Literal["PNG", "JPEG"]) -> bytes:
     """Encode an image (H, W, 3) or (H, W) uint8 as the bytes of a file."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind, quality=JPEG_QUALITY)
+    # Full chroma resolution: thin coloured lines would fade otherwise.
+    Image.fromarray(image).save(buffer, kind, quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 

@@ -16,34 +16,21 @@ from tqdm import tqdm
 
 from polypseg.checkpoint import write_atomic
 from polypseg.config import load_config
-from polypseg.data import DataError, Fault, Pair, audit_pairs, find_pairs, read_pair, test_folders
+from polypseg.data import DataError, Fault, Pair, read_pair
 from polypseg.metrics import score_masks
 from polypseg.predictor import THRESHOLD, Predictor, available_solvers
-from polypseg.report import EVALUATION, residual_traces, worst_examples, write_report
+from polypseg.report import EVALUATION, PICTURES, residual_traces, worst_examples, write_report
 from polypseg.runs import versions
 from polypseg.scores import ImageRow, SummaryRow, summarise, text_table, to_csv
+from polypseg.testsets import NOTES, audit_test_sets, find_test_sets
 
 PROGRAM = "polypseg-evaluate"
 WARM_UP = 2
-PICTURES = 12
-PRINTED_WARNINGS = 10
-NOTES = {
-    "CVC-ClinicDB": "The field's split of CVC-ClinicDB cuts through its video sequences: 16 of the "
-    "62 test frames have a near-twin in the training set, so figures on it are optimistic.",
-}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_run` did.
-
-    Attributes:
-        out: the folder that the results were written to.
-        predictors: by solver, simplest first.
-        sets: the pairs of each test folder.
-        rows: for each test folder and solver, the rows in the order of the pairs.
-        summary: a row for each test folder and solver.
-    """
+    """What `evaluate_run` did: predictors by solver, pairs by folder, rows by folder and solver."""
 
     out: Path
     predictors: dict[str, Predictor]
@@ -73,7 +60,7 @@ def evaluate_models(
     """
     rows: dict[str, list[ImageRow]] = {name: [] for name in predictors}
     names = list(predictors)
-    bar = tqdm(pairs, desc=progress, unit="image", disable=progress is None)
+    bar = tqdm(pairs, desc=progress, unit="image", disable=None if progress else True)
     for index, pair in enumerate(bar):
         image, truth = read_pair(pair)
         for turn in range(len(names)):
@@ -104,51 +91,16 @@ def warm_up(predictors: Mapping[str, Predictor], pair: Pair) -> None:
             predictor.predict(image)
 
 
-def find_test_sets(data: Sequence[Path]) -> dict[str, list[Pair]]:
-    """Find the pairs of every test folder that a person names, by the folder's name.
-
-    Args:
-        data: each a root with `TestDataset/<NAME>/{images,masks}`, or one folder with images and
-            masks.
-
-    Raises:
-        DataError: a folder is missing, incomplete or empty, files cannot be paired, or two folders
-            have one name. The faults of all folders are reported together.
-    """
-    faults: list[Fault] = []
-    folders: dict[str, Path] = {}
-    for root in data:
-        try:
-            nested = (root / "TestDataset").is_dir()
-            found = test_folders(root) if nested else {root.resolve().name: root}
-        except DataError as error:
-            faults.extend(error.faults)
-            continue
-        for name, folder in found.items():
-            if name in folders:
-                problem = f"has the same name as {folders[name]}"
-                faults.append(Fault(folder, problem, "give one of them, or rename one"))
-            folders[name] = folder
-    sets: dict[str, list[Pair]] = {}
-    for name, folder in folders.items():
-        try:
-            sets[name] = find_pairs(folder)
-        except DataError as error:
-            faults.extend(error.faults)
-    if faults:
-        raise DataError(faults)
-    return sets
-
-
 def evaluate_run(
     run: Path,
-    data: Sequence[Path],
+    sets: Mapping[str, Sequence[Pair]],
     solvers: Sequence[str] | None = None,
     out: Path | None = None,
     *,
     tol: float | None = None,
     max_steps: int | None = None,
     limit: int | None = None,
+    device: str | None = None,
     command: str = "",
 ) -> Evaluation:
     """Evaluate a run and write the results, all together once everything is computed.
@@ -158,13 +110,14 @@ def evaluate_run(
 
     Args:
         run: directory that `polypseg-train` wrote.
-        data: test folders, as `find_test_sets`.
+        sets: the pairs of each test set by name, as `find_test_sets`.
         solvers: their names; if None, all that the run has weights for.
         out: a folder that is new, empty or from an earlier evaluation, whose files are then
             replaced; if None, `run/evaluation`.
         tol: relative residual at which the solvers stop, if not the run's own.
         max_steps: most solver updates, if not the run's own.
         limit: use only the first images of each folder.
+        device: where to compute; if None, a GPU where there is one.
         command: the command line, for the record.
 
     Raises:
@@ -177,47 +130,61 @@ def evaluate_run(
         raise ValueError(f"limit must be at least 1 image, got {limit}")
     out = run / EVALUATION if out is None else out
     names = available_solvers(run) if solvers is None else list(dict.fromkeys(solvers))
-    stale = _earlier_files(out)
+    earlier = _earlier_files(out)
     predictors = {
-        name: Predictor.from_run(run, name, tol=tol, max_steps=max_steps) for name in names
+        name: Predictor.from_run(run, name, tol=tol, max_steps=max_steps, device=device)
+        for name in names
     }
-    sets = {name: pairs[:limit] for name, pairs in find_test_sets(data).items()}
-    _audit(sets)
+    limited = {name: list(pairs[:limit]) for name, pairs in sets.items()}
+    audit_test_sets(limited)
 
-    warm_up(predictors, next(iter(sets.values()))[0])
-    rows = {name: evaluate_models(predictors, pairs, name) for name, pairs in sets.items()}
+    warm_up(predictors, next(iter(limited.values()))[0])
+    rows = {name: evaluate_models(predictors, pairs, name) for name, pairs in limited.items()}
     summary = [
         summarise(folder, solver, rows[folder][solver]) for folder in rows for solver in names
     ]
-    files = {
-        f"{folder}-{solver}.csv": to_csv(rows[folder][solver], ImageRow)
-        for folder in rows
-        for solver in names
-    }
-    record = {
-        "program": PROGRAM,
+    evaluation = Evaluation(out, predictors, limited, rows, summary)
+    settings = {
         "command": command,
         "run": str(run),
-        "files": ["summary.csv", *files],
+        "limit": limit,
+        "config": asdict(load_config(run / "config.yaml")),
+    }
+    _write(evaluation, settings, earlier)
+    return evaluation
+
+
+def _write(evaluation: Evaluation, settings: dict[str, Any], earlier: set[str]) -> None:
+    """Write all files; those of an earlier evaluation that are not among them go."""
+    files = {"summary.csv": to_csv(evaluation.summary, SummaryRow)}
+    for folder, by_solver in evaluation.rows.items():
+        for solver, rows in by_solver.items():
+            files[f"{folder}-{solver}.csv"] = to_csv(rows, ImageRow)
+    predictors, sets = evaluation.predictors, evaluation.sets
+    record = {
+        "program": PROGRAM,
+        **settings,
         "protocol": f"Dice and IoU per image at the mask's own resolution, threshold {THRESHOLD}, "
         "then the mean over images; 1 where truth and prediction are both empty. Seconds are those "
         "of the network on one image, after a warm-up, the solvers taking turns.",
-        "limit": limit,
         "data": {name: str(pairs[0].image.parent.parent) for name, pairs in sets.items()},
         "notes": [NOTES[name] for name in sets if name in NOTES],
-        "solvers": {name: _settings(predictor) for name, predictor in predictors.items()},
-        "summary": [_plain(asdict(row)) for row in summary],
-        "config": asdict(load_config(run / "config.yaml")),
+        "device": str(next(iter(predictors.values())).device),
+        "solvers": {  # an explicit pass has no options
+            name: {} if predictor.deq is None else asdict(predictor.deq.options)
+            for name, predictor in predictors.items()
+        },
+        "summary": [asdict(row) for row in evaluation.summary],
         "versions": versions(),
+        "files": list(files),
     }
     # First of all, so that whatever interrupts the writing, the folder is known as ours.
-    write_atomic(out / "summary.json", json.dumps(record, indent=2, default=str).encode())
-    write_atomic(out / "summary.csv", to_csv(summary, SummaryRow))
+    summary = json.dumps(_plain(record), indent=2).encode()
+    write_atomic(evaluation.out / "summary.json", summary)
     for name, content in files.items():
-        write_atomic(out / name, content)
-    for name in stale - files.keys() - {"summary.csv"}:
-        (out / name).unlink(missing_ok=True)
-    return Evaluation(out, predictors, sets, rows, summary)
+        write_atomic(evaluation.out / name, content)
+    for name in earlier - files.keys():
+        (evaluation.out / name).unlink(missing_ok=True)
 
 
 def _earlier_files(out: Path) -> set[str]:
@@ -234,43 +201,34 @@ def _earlier_files(out: Path) -> set[str]:
     raise DataError([Fault(out, problem, "give a folder that is new or empty")])
 
 
-def _audit(sets: Mapping[str, Sequence[Pair]]) -> None:
-    """Check all images and masks before the first is predicted; tell the warnings."""
-    pairs = [pair for found in sets.values() for pair in found]
-    with tqdm(total=len(pairs), desc="checking", unit="pair", leave=False) as bar:
-        faults = audit_pairs(pairs, lambda done, _: bar.update(done - bar.n))
-    errors = [fault for fault in faults if fault.severity == "error"]
-    if errors:
-        raise DataError(errors)
-    for fault in faults[:PRINTED_WARNINGS]:
-        print(f"{PROGRAM}: warning: {fault}", file=sys.stderr)
-    if len(faults) > PRINTED_WARNINGS:
-        print(f"... and {len(faults) - PRINTED_WARNINGS} more warnings", file=sys.stderr)
+def _plain(value: Any) -> Any:
+    """What JSON can hold: it knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _settings(predictor: Predictor) -> dict[str, Any]:
-    """How the predictor solves; empty for an explicit pass."""
-    return {} if predictor.deq is None else asdict(predictor.deq.options)
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the summary table, what has to be said beside it, and where the files are."""
+    print(text_table(evaluation.summary))
+    for name in evaluation.rows:
+        if name in NOTES:
+            print(f"\nNote: {NOTES[name]}")
+    print(f"\nResults per image and summary: {evaluation.out}")
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows neither NaN nor infinity."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-
-
-def _report(run: Path, evaluation: Evaluation) -> Path:
+def report_evaluation(run: Path, evaluation: Evaluation) -> Path:
     """Write the run's report, with pictures of the worst images under the last solver."""
-    name, predictor = list(evaluation.predictors.items())[-1]
-    candidates = [
+    name, predictor = [*evaluation.predictors.items()][-1]
+    scored = [
         (row.dice, pair)
         for folder, pairs in evaluation.sets.items()
         for row, pair in zip(evaluation.rows[folder][name], pairs, strict=True)
     ]
-    worst = [pair for _, pair in sorted(candidates, key=lambda item: item[0])[:PICTURES]]
-    examples = worst_examples(predictor, worst)
+    worst = [pair for _, pair in sorted(scored, key=lambda item: item[0])[:PICTURES]]
+    examples = {name: worst_examples(predictor, worst)}
     traces = residual_traces(evaluation.predictors, worst)
     return write_report(run, examples, traces)
 
@@ -301,18 +259,22 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="a new or empty folder, or one with an earlier evaluation, which is then replaced; "
-        "default: RUN/evaluation, and RUN/report.html is then written too",
+        help="a folder that is new, empty or holds an earlier evaluation, which is then replaced; "
+        "default: RUN/evaluation, and then RUN/report.html is written too",
     )
     parser.add_argument(
         "--tol", type=float, help="relative residual to stop at; default: the run's own"
     )
     parser.add_argument(
-        "--max-steps", type=int, metavar="N", help="most solver steps; default: the run's own"
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="most solver steps, and the steps of hyper; default: the run's own",
     )
     parser.add_argument(
         "--limit", type=int, metavar="N", help="use only the first N images of each folder"
     )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
     return parser
 
 
@@ -322,19 +284,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     evaluation = evaluate_run(
         options.run,
-        options.data,
+        find_test_sets(options.data),
         options.solvers,
         options.out,
         tol=options.tol,
         max_steps=options.max_steps,
         limit=options.limit,
+        device=options.device,
         command=shlex.join([PROGRAM, *arguments]),
     )
-    print(text_table(evaluation.summary))
-    for name in evaluation.rows:
-        if name in NOTES:
-            print(f"\nNote: {NOTES[name]}")
-    print(f"\nResults per image and summary: {evaluation.out}")
+    print_evaluation(evaluation)
     if options.out is None:
-        print(f"Report: {_report(options.run, evaluation)}")
+        print(f"Report: {report_evaluation(options.run, evaluation)}")
     return 0

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from deqsolvers import Anderson, Broyden, Picard, Solver
 from polypseg.checkpoint import CheckpointError, load_into
 from polypseg.config import Config, load_config
-from polypseg.models import PolypDEQ, Prediction, build_hypersolver, build_model
+from polypseg.models import PolypDEQ, Prediction, build_hypersolver, build_model, build_solver
 
 SOLVERS = ("explicit", "picard", "anderson", "broyden", "hyper")
 
@@ -60,18 +59,17 @@ def load_model(
         hyper = build_hypersolver(model, config.hyper)
         load_into(hyper, _weights(run, "hyper", solver), what="HyperSolver")
         model.deq = model.deq.with_solver(
-            hyper, tol=tol, max_steps=max_steps or settings.hyper_steps, final="last"
+            hyper,
+            tol=tol,
+            max_steps=settings.hyper_steps if max_steps is None else max_steps,
+            final="last",
         )
     else:
-        classic: dict[str, Solver] = {
-            "picard": Picard(),
-            "anderson": Anderson(),
-            "broyden": Broyden(settings.memory),
-        }
+        memory = settings.memory if solver == "broyden" else settings.anderson_memory
         model.deq = model.deq.with_solver(
-            classic[solver],
+            build_solver(solver, memory),
             tol=settings.tol if tol is None else tol,
-            max_steps=max_steps or settings.max_steps,
+            max_steps=settings.max_steps if max_steps is None else max_steps,
         )
     return model.eval(), config
 

@@ -59,7 +59,7 @@ def predict_files(
     """
     files = _find_files(sources, out)
     rows = []
-    for file in tqdm(files, desc="predicting", unit="image"):
+    for file in tqdm(files, desc="predicting", unit="image", disable=None):
         image = read_image(file)
         result = predictor.predict(image)
         mask = result.mask
@@ -114,6 +114,7 @@ def _find_files(sources: Sequence[Path | str], out: Path) -> list[Path]:
             unit="image",
             total=len(files),
             leave=False,
+            disable=None,
         )
         for found in reading:
             faults.extend(found)
@@ -157,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         help="explicit, picard, anderson, broyden or hyper; default: hyper, else anderson, else "
         "explicit, by what the run has weights for",
     )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
     return parser
 
 
@@ -164,10 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `polypseg-predict`; errors are raised (see `polypseg.cli`)."""
     options = _parser().parse_args(argv)
     solver = available_solvers(options.run)[-1] if options.solver is None else options.solver
-    predictor = Predictor.from_run(options.run, solver)
+    predictor = Predictor.from_run(options.run, solver, device=options.device)
     rows = predict_files(predictor, options.sources, options.out)
     found = sum(row.polyp_pixels > 0 for row in rows)
-    print(f"{len(rows)} images with solver {solver}: polyp marked in {found}")
+    print(f"Images: {len(rows)}, with a polyp marked: {found} (solver {solver})")
     for status, count in Counter(row.status for row in rows).items():
         print(f"  {count} {status}")
     print(f"Masks, overlays and predictions.csv: {options.out}")

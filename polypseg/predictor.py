@@ -80,6 +80,11 @@ class Predictor:
         self.size = size
 
     @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.model.parameters()).device
+
+    @property
     def deq(self) -> DEQ | None:
         """The fixed-point layer, with its solver and options; None where there is only one pass."""
         return self.model.deq if isinstance(self.model, PolypDEQ) else None
@@ -92,7 +97,7 @@ class Predictor:
         *,
         tol: float | None = None,
         max_steps: int | None = None,
-        device: torch.device | str | None = None,
+        device: str | None = None,
     ) -> Predictor:
         """Load a trained network from a run directory.
 
@@ -106,8 +111,8 @@ class Predictor:
 
         Raises:
             CheckpointError: the run is missing, damaged or lacks the weights for this solver.
-            ValueError: the solver is unknown, an option is out of range, or the run segments
-                several classes.
+            ValueError: the solver is unknown, an option is out of range, there is no such device,
+                or the run tells several classes apart.
         """
         solver = available_solvers(run)[-1] if solver is None else solver
         model, config = load_model(Path(run), solver, tol=tol, max_steps=max_steps)
@@ -118,7 +123,11 @@ class Predictor:
             )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device), config.data.size)
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch raises either
+            raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+        return cls(model, config.data.size)
 
     def predict(self, image: np.ndarray, *, measure: bool = False) -> Result:
         """Segment one image.
@@ -173,8 +182,7 @@ class Predictor:
 
     def _batch(self, image: np.ndarray) -> torch.Tensor:
         _check_image(image)
-        device = next(self.model.parameters()).device
-        return to_tensor(resize_image(image, self.size))[None].to(device)
+        return to_tensor(resize_image(image, self.size))[None].to(self.device)
 
 
 def available_solvers(run: Path) -> list[str]:
@@ -211,7 +219,7 @@ def _result(prediction: Prediction, probability: np.ndarray, seconds: float) -> 
         residual, status = float(solution.residual[0]), solution.statuses()[0].name
     if not np.isfinite(probability).all():
         status = NON_FINITE
-        probability = np.nan_to_num(probability, nan=0.0)
+        probability = np.zeros_like(probability)
     return Result(probability, steps, evaluations, residual, status, seconds)
 
 

@@ -25,6 +25,7 @@ from polypseg.predictor import Predictor
 from polypseg.scores import TABLE_HEADER, read_summary, table_cells
 
 EVALUATION = "evaluation"
+PICTURES = 12
 PICTURE_SIDE = 420
 TRACED_EVALUATIONS = 20
 DISCLAIMER = "Research use only, not a medical device."
@@ -41,10 +42,10 @@ class Example:
     dice: float
 
 
-def worst_examples(predictor: Predictor, pairs: Iterable[Pair], count: int = 12) -> list[Example]:
-    """Predict the pairs and return those with the lowest Dice, worst first."""
-    # A generator, so that no more than `count` images are in memory.
-    return heapq.nsmallest(count, _examples(predictor, pairs), key=lambda example: example.dice)
+def worst_examples(predictor: Predictor, pairs: Iterable[Pair]) -> list[Example]:
+    """Predict the pairs and return up to 12 with the lowest Dice, worst first."""
+    # A generator, so that no more than these are in memory.
+    return heapq.nsmallest(PICTURES, _examples(predictor, pairs), key=lambda example: example.dice)
 
 
 def _examples(predictor: Predictor, pairs: Iterable[Pair]) -> Iterator[Example]:
@@ -68,7 +69,7 @@ def residual_traces(
 
 def write_report(
     run: Path,
-    examples: Sequence[Example] = (),
+    examples: Mapping[str, Sequence[Example]] | None = None,
     traces: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> Path:
     """Write `report.html` into a run directory, made of what the run holds by now.
@@ -78,7 +79,7 @@ def write_report(
 
     Args:
         run: directory that `polypseg-train` wrote.
-        examples: pictures to show, in this order.
+        examples: pictures to show by solver, as `worst_examples`.
         traces: residuals after each evaluation of f, by solver, as `residual_traces`.
 
     Returns:
@@ -150,22 +151,25 @@ def _evaluation(folder: Path) -> str:
     )
 
 
-def _pictures(examples: Sequence[Example]) -> str:
-    figures = []
-    for example in examples:
-        image = fit(example.image, PICTURE_SIDE, PICTURE_SIDE)
-        for mask, colour in ((example.truth, TRUTH), (example.prediction, PREDICTION)):
-            image = draw_contour(image, fit(mask, PICTURE_SIDE, PICTURE_SIDE), colour)
-        caption = html.escape(f"{example.name}: Dice {100 * example.dice:.1f} %")
-        source = _data_uri(encode(image, "JPEG"), "image/jpeg")
-        figures.append(
-            f'<figure><img src="{source}" alt="">\n<figcaption>{caption}</figcaption></figure>\n'
-        )
+def _pictures(examples: Mapping[str, Sequence[Example]]) -> str:
     keys = "".join(
         f'<span class="key" style="background: rgb{colour}"></span>{label}'
         for label, colour in (("truth", TRUTH), ("prediction", PREDICTION))
     )
-    return f'<p>Contours:{keys}</p>\n<div class="grid">{"".join(figures)}</div>'
+    parts = [f"<p>Those with the lowest Dice, worst first. Contours:{keys}</p>"]
+    for solver, shown in examples.items():
+        figures = "".join(map(_figure, shown))
+        parts.append(f'<h3>{html.escape(solver)}</h3>\n<div class="grid">{figures}</div>')
+    return "\n".join(parts)
+
+
+def _figure(example: Example) -> str:
+    image = fit(example.image, PICTURE_SIDE, PICTURE_SIDE)
+    for mask, colour in ((example.truth, TRUTH), (example.prediction, PREDICTION)):
+        image = draw_contour(image, fit(mask, PICTURE_SIDE, PICTURE_SIDE), colour)
+    caption = html.escape(f"{example.name}: Dice {100 * example.dice:.1f} %")
+    source = _data_uri(encode(image, "JPEG"), "image/jpeg")
+    return f'<figure><img src="{source}" alt="">\n<figcaption>{caption}</figcaption></figure>\n'
 
 
 def _traces(traces: Mapping[str, Sequence[np.ndarray]]) -> str:
@@ -194,11 +198,19 @@ def _training(run: Path) -> str:
         last = {row["phase"]: row for row in rows}  # later rows of a phase replace earlier ones
         if rows:
             parts.append("<p>The last epoch of each phase:</p>")
-            parts.append(_table(tuple(rows[0]), (row.values() for row in last.values())))
+            parts.append(_table(rows[0], (map(_short, row.values()) for row in last.values())))
     if (run / "curves.png").is_file():
         source = _data_uri((run / "curves.png").read_bytes(), "image/png")
         parts.append(f'<p><img src="{source}" alt="training curves"></p>')
     return "".join(parts) or "<p>No epoch has been finished yet.</p>"
+
+
+def _short(cell: str) -> str:
+    """Four significant digits of a cell that holds a fraction."""
+    try:
+        return cell if cell.isdecimal() else f"{float(cell):.4g}"
+    except ValueError:
+        return cell
 
 
 def _preformatted(path: Path) -> str:
@@ -233,15 +245,15 @@ def contact_sheet(examples: Sequence[Example], side: int = 256) -> bytes:
     gap, text = 6, 20
     font = ImageFont.load_default(13)
     columns = ("image", "truth", "prediction")
+    images = [fit(example.image, side, side) for example in examples]
     width = gap + len(columns) * (side + gap)
-    height = text + len(examples) * (side + text + gap)
+    height = text + sum(len(image) + text + gap for image in images)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for column, label in enumerate(columns):
         draw.text((gap + column * (side + gap), 3), label, "black", font)
-    for row, example in enumerate(examples):
-        top = text + row * (side + text + gap)
-        image = fit(example.image, side, side)
+    top = text
+    for image, example in zip(images, examples, strict=True):
         panels = (
             image,
             overlay(image, fit(example.truth, side, side), TRUTH),
@@ -249,7 +261,8 @@ def contact_sheet(examples: Sequence[Example], side: int = 256) -> bytes:
         )
         for column, panel in enumerate(panels):
             left = gap + column * (side + gap) + (side - image.shape[1]) // 2
-            sheet.paste(Image.fromarray(panel), (left, top + (side - image.shape[0]) // 2))
+            sheet.paste(Image.fromarray(panel), (left, top))
         caption = f"{example.name}   Dice {100 * example.dice:.1f} %"
-        draw.text((gap, top + side + 2), caption, "black", font)
+        draw.text((gap, top + len(image) + 2), caption, "black", font)
+        top += len(image) + text + gap
     return encode(np.array(sheet), "PNG")

@@ -11,8 +11,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-# A residual that PolypDEQ's prediction no longer changes with.
-CONVERGED_RESIDUAL = 1e-3
+from polypseg.validation import CONVERGED
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def summarise(data: str, solver: str, rows: Sequence[ImageRow]) -> SummaryRow:
         evaluations_mean=float(np.mean([row.evaluations for row in rows])),
         residual_median=float(np.median(residuals)),
         residual_worst=float(residuals.max()),
-        converged_share=float(np.mean(residuals <= CONVERGED_RESIDUAL)) if measured else np.nan,
+        converged_share=float(np.mean(residuals <= CONVERGED)) if measured else np.nan,
     )
 
 

@@ -24,7 +24,8 @@ class Implicit(Backward):
     fixed-point solver at one vector-Jacobian product a step, and passes u through one call of f
     (Bai, Kolter & Koltun 2019, theorem 1). Memory does not depend on the number of forward steps.
     The pass may be repeated (``retain_graph``), interleaved with other solves, and differentiated
-    again.
+    again, to any order. With ``create_graph`` gradients reach the inputs and the leaf tensors
+    (parameters) that f depends on; a computed tensor in f's closure must then be passed as input.
 
     A backward solve that misses its tolerance raises a `ConvergenceWarning`; its outcome stands in
     ``Solution.backward`` of the forward solution.
@@ -49,11 +50,15 @@ class Implicit(Backward):
             if isinstance(leaf, Tensor) and leaf.requires_grad
         ]
 
+        autocast = _autocast_now(layout.device.type)
+
         def matrix_f(z: Tensor, variables: tuple[Tensor, ...]) -> Tensor:
             given = list(leaves)
             for place, variable in zip(places, variables, strict=True):
                 given[place] = variable
-            return layout.flatten(f(layout.unflatten(z), *pytree.tree_unflatten(given, structure)))
+            arguments = pytree.tree_unflatten(given, structure)
+            with autocast():  # the backward pass may record f again outside of it
+                return layout.flatten(f(layout.unflatten(z), *arguments))
 
         fixed = layout.flatten(solution.z).detach()
         variables = tuple(leaves[place] for place in places)
@@ -91,6 +96,13 @@ class Implicit(Backward):
                 stacklevel=2,
             )
         return found.z
+
+
+def _autocast_now(device_type: str) -> Callable[[], torch.autocast]:
+    """A context that restores the autocast setting in force here."""
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)
 
 
 class _ImplicitGradient(torch.autograd.Function):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from deqsolvers.deq import DEQ
 from deqsolvers.fixed_point import Options, StepInfo, iterate
-from deqsolvers.solution import Solution
 from deqsolvers.solvers import Anderson, Solver
+from deqsolvers.solvers.base import check_count
 from deqsolvers.solvers.hyper import HyperSolver
-from deqsolvers.state import Layout
+from deqsolvers.state import Layout, map_rows
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,12 @@ def fit_hypersolver(
             first samples: train the DEQ better before its solver.
     """
     weights = weights or LossWeights()
+    check_count("epochs", epochs)
+    check_count("steps", steps)
     if not isinstance(batches, Sized):
         batches = list(batches)
+    if validation is not None and not isinstance(validation, Sized):
+        validation = list(validation)
     total = epochs * len(batches)
     if total == 0:
         raise ValueError("batches is empty: there is nothing to fit the HyperSolver on")
@@ -127,18 +131,19 @@ def fit_hypersolver(
                 decayed = LossWeights(
                     weights.convergence, weights.initializer, weights.alpha * max(0.0, 1 - 2 * done)
                 )
-                target = _target(deq, inputs, teacher, target_options)
-                reliable = target.residual <= _RELIABLE
-                seen += len(reliable)
-                skipped += int((~reliable).sum())
+                inputs, goal, left_out = _target(deq, inputs, teacher, target_options)
+                seen += len(goal) + left_out
+                skipped += left_out
                 if epoch == 1 and seen >= _TRIAL and 2 * skipped > seen:
                     raise _unreliable(skipped, seen, teacher, teacher_steps)
-                loss, distance = _loss(hyper, deq, inputs, target, reliable, steps, decayed)
+                update += 1
+                if len(goal) == 0:
+                    continue
+                loss, distance = _loss(hyper, deq, inputs, goal, steps, decayed)
                 optimizer.zero_grad()
                 loss.backward(inputs=parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
-                update += 1
                 losses.append(loss.detach())
                 distances.append(distance)
                 if on_batch is not None:
@@ -186,32 +191,40 @@ def measure_distances(
     distances = []
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
-        target = _target(deq, inputs, teacher or Anderson(memory=10), options)
+        inputs, goal, _ = _target(deq, inputs, teacher or Anderson(memory=10), options)
         with torch.no_grad():
-            path, _ = _unroll(solver, deq, inputs, target, steps)
+            path, _ = _unroll(solver, deq, inputs, goal, steps)
         distances.append(path.mean(1))
     return distances
 
 
-def _target(deq: DEQ, inputs: tuple[Any, ...], teacher: Solver, options: Options) -> Solution:
+def _target(
+    deq: DEQ, inputs: tuple[Any, ...], teacher: Solver, options: Options
+) -> tuple[tuple[Any, ...], Tensor, int]:
+    """Inputs and z* (rows, features) of the samples with a reliable z*, and how many have none.
+
+    The others leave the batch here: a weight of zero would not keep their NaN out of the gradient.
+    """
     with torch.no_grad():
         start = DEQ(deq.f, teacher, z0=deq.z0).initial_state(*inputs)
-        return iterate(deq.f, start, inputs, teacher, options)
+        solution = iterate(deq.f, start, inputs, teacher, options)
+        goal = Layout.of(solution.z).flatten(solution.z)
+        reliable = solution.residual <= _RELIABLE
+        rows = reliable.nonzero().squeeze(1)
+        inputs = map_rows(lambda leaf: leaf[rows], inputs, len(goal))
+        return inputs, goal[rows], len(goal) - len(rows)
 
 
 def _loss(
     hyper: HyperSolver,
     deq: DEQ,
     inputs: tuple[Any, ...],
-    target: Solution,
-    reliable: Tensor,
+    goal: Tensor,
     steps: int,
     weights: LossWeights,
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        distances, mixed = _unroll(hyper, deq, inputs, target, steps)
-        share = reliable.to(distances.dtype) / reliable.sum().clamp_min(1)
-        distances, mixed = distances @ share, mixed @ share
+        distances, mixed = (each.mean(1) for each in _unroll(hyper, deq, inputs, goal, steps))
         ramp = torch.arange(1, steps + 1, device=distances.device, dtype=distances.dtype)
         loss = (
             weights.convergence * (ramp / ramp.sum() * distances[1:]).sum()
@@ -222,11 +235,13 @@ def _loss(
 
 
 def _unroll(
-    solver: Solver, deq: DEQ, inputs: tuple[Any, ...], target: Solution, steps: int
+    solver: Solver, deq: DEQ, inputs: tuple[Any, ...], goal: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """(steps + 1, B) distances to z*, and (steps, B) norms of mixed residuals (0 if unknown)."""
-    layout = Layout.of(target.z)
-    goal = layout.flatten(target.z)
+    start = solver.start(*inputs)
+    if start is None:
+        start = deq.initial_state(*inputs)
+    layout = Layout.of(start)
     scale = torch.linalg.vector_norm(goal, dim=1).clamp_min(torch.finfo(goal.dtype).tiny)
     distances, mixed = [], []
     memories: list[Any] = []
@@ -244,9 +259,6 @@ def _unroll(
         memories.append(info.memory)
         distances.append(norm(layout.flatten(info.z) - goal))
 
-    start = solver.start(*inputs)
-    if start is None:
-        start = deq.initial_state(*inputs)
     options = Options(tol=None, max_steps=steps, final="last", drop_converged=False)
     solution = iterate(deq.f, start, inputs, solver, options, callback=watch)
     note_mixed()

@@ -45,8 +45,8 @@ class AlphaBetaNetwork(nn.Module):
         ``series`` is (B, k, features), oldest residual first, k at most m + 1.
         """
         batch, length, features = series.shape
-        scale = series.square().mean(dim=(1, 2), keepdim=True).sqrt()
-        series = series / scale.clamp_min(torch.finfo(series.dtype).tiny)
+        power = series.square().mean(dim=(1, 2), keepdim=True)
+        series = series * torch.where(power > 0, power, 1.0).rsqrt()
         # As in the paper, residuals that do not exist yet are zeros after those that do.
         padding = series.new_zeros(batch, self.memory + 1 - length, features)
         mixed = self.mix(torch.cat([series, padding], dim=1).transpose(1, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ class _AndersonMemory(Memory):
     gram: Tensor  # (B, memory, memory) float64, inner products of the columns of dg
     products: Tensor  # (B, memory) float64, columns of dg times the current residual
     length: Tensor  # (B,) newest columns that are in use, shorter after a restart
+    smallest: Tensor  # (B,) smallest ||g|| since the history began
     fz: Tensor | None = None
     g: Tensor | None = None
 
@@ -40,14 +42,27 @@ class Anderson(Solver):
         damping: the mixing factor beta in (0, 1]; below 1 the step keeps part of the mixed iterate.
         regularization: ridge relative to the squared length of each column. The default, ten times
             the machine epsilon of the working precision, is as small as rounding allows.
+        safeguard: where f contracts, plain steps always make progress and mixing sometimes does
+            not. With a number here, a sample whose residual exceeds that many times the smallest
+            since its history began takes a plain step and starts its history again; 1 demands
+            that it never grows. The default lets it grow, as maps that expand need.
     """
 
-    def __init__(self, memory: int = 5, damping: float = 1.0, regularization: float | None = None):
+    def __init__(
+        self,
+        memory: int = 5,
+        damping: float = 1.0,
+        regularization: float | None = None,
+        safeguard: float = math.inf,
+    ):
         self.memory = check_count("memory", memory)
         self.damping = check_fraction("damping", damping)
         if regularization is not None and not 0 <= regularization < 1:
             raise ValueError(f"regularization must lie in [0, 1), got {regularization}")
+        if not safeguard >= 1:
+            raise ValueError(f"safeguard must be at least 1, got {safeguard}")
         self.regularization = regularization
+        self.safeguard = safeguard
 
     def __repr__(self) -> str:
         return f"Anderson(memory={self.memory}, damping={self.damping})"
@@ -60,11 +75,14 @@ class Anderson(Solver):
             gram=z.new_zeros(batch, self.memory, self.memory, dtype=torch.float64),
             products=z.new_zeros(batch, self.memory, dtype=torch.float64),
             length=torch.zeros(batch, dtype=torch.int64, device=z.device),
+            smallest=z.new_full((batch,), torch.inf),
         )
 
     def step(self, memory: _AndersonMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         if memory.g is None or memory.fz is None:
             memory.fz, memory.g = fz, g
+            if math.isfinite(self.safeguard):
+                memory.smallest = torch.linalg.vector_norm(g.detach(), dim=1)
             return fz if self.damping == 1 else z.add(g, alpha=self.damping)
         slot = memory.dg.slot
         memory.df.push(fz - memory.fz)
@@ -96,8 +114,10 @@ class Anderson(Solver):
         memory.length = (memory.length + 1).clamp_max(self.memory)
         used = memory.dg.ages() < memory.length.unsqueeze(1)
         gram = memory.gram[:, :filled, :filled]
-        scale = gram.diagonal(dim1=1, dim2=2).sqrt()
-        inverse = torch.where(used & (scale > 0), 1 / scale, 0.0)
+        squares = gram.diagonal(dim1=1, dim2=2)
+        valid = used & (squares > 0)
+        # The inner where keeps a derivative of the root at zero out of recorded solves.
+        inverse = torch.where(valid, torch.where(valid, squares, 1.0).rsqrt(), 0.0)
         ridge = self.regularization
         if ridge is None:
             ridge = 10 * torch.finfo(g.dtype).eps
@@ -108,5 +128,13 @@ class Anderson(Solver):
         right = memory.products[:, :filled] * inverse
         gamma = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2) * inverse
         singular = (info != 0) | ~torch.isfinite(gamma).all(1)
-        memory.length = torch.where(singular, 0, memory.length)
-        return torch.where(singular.unsqueeze(1), 0.0, gamma).to(g.dtype)
+        restart = singular if math.isinf(self.safeguard) else singular | self._grown(memory, g)
+        memory.length = torch.where(restart, 0, memory.length)
+        return torch.where(restart.unsqueeze(1), 0.0, gamma).to(g.dtype)
+
+    def _grown(self, memory: _AndersonMemory, g: Tensor) -> Tensor:
+        """(B,) whose residual the safeguard objects to."""
+        size = torch.linalg.vector_norm(g.detach(), dim=1)
+        grown = size > self.safeguard * memory.smallest
+        memory.smallest = torch.where(grown, size, torch.minimum(memory.smallest, size))
+        return grown

@@ -118,6 +118,12 @@ def check_fraction(name: str, value: float) -> float:
     return float(value)
 
 
+def check_solver(solver: object) -> None:
+    """TypeError unless ``solver`` is a `Solver` object."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver such as Anderson(), got {solver!r}")
+
+
 def check_count(name: str, value: int, least: int = 1) -> int:
     """``value`` if it is an integer of at least ``least``; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

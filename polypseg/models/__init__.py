@@ -30,9 +30,10 @@ def build_solver(name: str, memory: int) -> Solver:
     """
     if name not in CLASSIC_SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(CLASSIC_SOLVERS)}, got {name!r}")
-    return (
-        Picard() if name == "picard" else {"anderson": Anderson, "broyden": Broyden}[name](memory)
-    )
+    if name == "picard":
+        return Picard()
+    # The Jacobian regulariser makes f contract, so plain steps are a safe way out.
+    return Broyden(memory) if name == "broyden" else Anderson(memory, safeguard=1)
 
 
 def build_hypersolver(model: PolypDEQ, config: HyperConfig) -> HyperSolver:

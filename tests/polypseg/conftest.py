@@ -1,12 +1,19 @@
 """Fixtures shared by the tests of the application."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from polypseg.checkpoint import save_weights
+from polypseg.config import make_config
+from polypseg.data import find_pairs, make_synthetic, read_image, resize_image, to_tensor
+from polypseg.models import build_hypersolver, build_model
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +46,38 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with TestDataset/Synthetic: six drawn images of 80 x 80 pixels."""
+    root = tmp_path_factory.mktemp("synthetic") / "data"
+    make_synthetic(root, train=1, test=6, size=80)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, synthetic_data: Path) -> Path:
+    """A run directory with random weights for every solver; about half of an image is "polyp"."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    run.mkdir()
+    config = make_config(overrides=["data.size=64", "solve.max_steps=6", "solve.tol=0.05"])
+    (run / "config.yaml").write_text(config.to_yaml())
+    (run / "versions.json").write_text('{"torch": "of this test"}')
+    pairs = find_pairs(synthetic_data / "TestDataset" / "Synthetic")
+    images = torch.stack([to_tensor(resize_image(read_image(p.image), 64)) for p in pairs])
+    with torch.random.fork_rng(), torch.no_grad():
+        for phase, seed in (("explicit", 1), ("implicit", 2)):
+            torch.manual_seed(seed)
+            model = build_model(config.model).eval()
+            model.head[-1].bias -= model.explicit(images).logits.median()
+            save_weights(run / f"{phase}.safetensors", model.state_dict(), {})
+        hyper = build_hypersolver(model, config.hyper)
+        save_weights(run / "hyper.safetensors", hyper.state_dict(), {})
+    return run
+
+
+@pytest.fixture
+def copy_run(tiny_run: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Copy the tiny run to a place where it may be changed."""
+    return lambda: Path(shutil.copytree(tiny_run, tmp_path / "run"))

@@ -1,0 +1,1 @@
+"""Measurements of solver speed; run with ``pytest benchmarks/ --benchmark``."""

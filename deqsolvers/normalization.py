@@ -1,0 +1,52 @@
+"""Weight and spectral normalisation inside f.
+
+torch's parametrizations do the work; applied to all layers of f they are two lines::
+
+    for layer in [m for m in f.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]:
+        torch.nn.utils.parametrizations.weight_norm(layer)  # or spectral_norm(layer)
+
+What torch cannot know is where a solve begins. A parametrized weight is computed anew at every
+access, and in training mode ``spectral_norm`` improves its estimate of the norm each time, so that
+f would change between the evaluations of one solve. A `DEQ` therefore computes the parametrized
+weights of its f once per solve, by `cached_weights`.
+
+``spectral_norm`` bounds the norm of a weight by 1, of a convolution's kernel reshaped to a matrix
+rather than of the convolution; neither alone makes f a contraction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+@contextlib.contextmanager
+def cached_weights(f: Any) -> Iterator[None]:
+    """Within this block every parametrized weight of ``f`` is computed once.
+
+    ``torch.nn.utils.parametrize.cached`` alone would lose gradients without a word: it keeps what
+    the solve computes first, which is not recorded. Here the weights are computed at the start of
+    the block, in the caller's grad mode, so that all of f's evaluations in it, recorded or not,
+    share one recorded weight.
+
+    A `DEQ` does this by itself for its solves and their gradients. Use the block where more should
+    see the same weights, such as a regulariser on f at the solution. A pass that is itself
+    differentiated (``create_graph``) evaluates f after the block and computes the weights again.
+
+    Args:
+        f: an nn.Module whose submodules are parametrized. Anything else is left alone.
+    """
+    modules = f.modules() if isinstance(f, nn.Module) else ()
+    parametrized = [module for module in modules if parametrize.is_parametrized(module)]
+    if not parametrized:
+        yield
+        return
+    with parametrize.cached():
+        for module in parametrized:
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                getattr(module, name)
+        yield

@@ -1,0 +1,45 @@
+"""Learning rates, parameter groups and image scales of a training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polypseg.config import PhaseConfig
+from polypseg.models.polypdeq import STRIDE
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights with decay; biases and normalisation, which it would only distort, without."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(settings: PhaseConfig, done: float) -> float:
+    """Linear warm-up, then cosine decay; ``done`` is the share of the updates that are over."""
+    if done < settings.warmup:
+        return settings.lr * max(done, 1e-3) / settings.warmup
+    left = (done - settings.warmup) / max(1e-9, 1 - settings.warmup)
+    swing = (1 + math.cos(math.pi * min(1.0, left))) / 2
+    return settings.final_lr + (settings.lr - settings.final_lr) * swing
+
+
+def rescale(
+    batch: dict[str, Any], scales: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Images and masks of a batch at one of the scales, sides rounded to what the model takes."""
+    images, masks = batch["image"].to(device), batch["mask"].to(device)
+    scale = scales[int(torch.randint(len(scales), ()))]
+    side = max(STRIDE, round(images.shape[-1] * scale / STRIDE) * STRIDE)
+    if side == images.shape[-1]:
+        return images, masks
+    images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+    return images, F.interpolate(masks, size=(side, side), mode="nearest-exact")

@@ -1,0 +1,72 @@
+"""The test folders that a person names for an evaluation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from polypseg.data import DataError, Fault, Pair, audit_pairs, find_pairs, test_folders
+
+PRINTED_WARNINGS = 10
+# Said beside every figure on the test folder of that name.
+NOTES = {
+    "CVC-ClinicDB": "The field's split of CVC-ClinicDB cuts through its video sequences: 16 of the "
+    "62 test frames have a near-twin in the training set, so figures on it are optimistic.",
+}
+
+
+def find_test_sets(data: Sequence[Path]) -> dict[str, list[Pair]]:
+    """Find the pairs of every test folder that a person names, by the folder's name.
+
+    Args:
+        data: each a root with `TestDataset/<NAME>/{images,masks}`, or one folder with images and
+            masks.
+
+    Raises:
+        DataError: a folder is missing, incomplete or empty, files cannot be paired, or two folders
+            have one name. The faults of all folders are reported together.
+    """
+    faults: list[Fault] = []
+    folders: dict[str, Path] = {}
+    for root in data:
+        try:
+            nested = (root / "TestDataset").is_dir()
+            found = test_folders(root) if nested else {root.resolve().name: root}
+        except DataError as error:
+            faults.extend(error.faults)
+            continue
+        for name, folder in found.items():
+            if name in folders:
+                problem = f"has the same name as {folders[name]}"
+                faults.append(Fault(folder, problem, "give one of them, or rename one"))
+            folders[name] = folder
+    sets: dict[str, list[Pair]] = {}
+    for name, folder in folders.items():
+        try:
+            sets[name] = find_pairs(folder)
+        except DataError as error:
+            faults.extend(error.faults)
+    if faults:
+        raise DataError(faults)
+    return sets
+
+
+def audit_test_sets(sets: Mapping[str, Sequence[Pair]]) -> None:
+    """Check all images and masks; warnings go to stderr.
+
+    Raises:
+        DataError: a file cannot be used; names all such files.
+    """
+    pairs = [pair for found in sets.values() for pair in found]
+    with tqdm(total=len(pairs), desc="checking", unit="pair", leave=False, disable=None) as bar:
+        faults = audit_pairs(pairs, lambda done, _: bar.update(done - bar.n))
+    errors = [fault for fault in faults if fault.severity == "error"]
+    if errors:
+        raise DataError(errors)
+    for fault in faults[:PRINTED_WARNINGS]:
+        print(f"warning: {fault}", file=sys.stderr)
+    if len(faults) > PRINTED_WARNINGS:
+        print(f"... and {len(faults) - PRINTED_WARNINGS} more warnings", file=sys.stderr)

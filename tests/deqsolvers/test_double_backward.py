@@ -1,0 +1,132 @@
+"""First, second and third derivatives of implicit layers by finite differences and unrolling."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.deqsolvers.maps import TanhMap, normal
+from tests.deqsolvers.references import exact, unrolled
+
+
+def layer_on_inputs(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight is shared by the batch, so f closes over it; x passes as an input."""
+    return exact(lambda z, x: torch.tanh(z @ weight.T + x))(x)[0]
+
+
+def layer_on_closure(x: Tensor, weight: Tensor) -> Tensor:
+    """Nothing passes as an input; both tensors in the closure are computed from others."""
+    derived, shift = 0.5 * torch.sin(weight), x.square()
+    start = torch.zeros_like(x)
+    deq = exact(lambda z: torch.tanh(z @ derived.T + shift), z0=lambda: start, drop_converged=False)
+    return deq()[0]
+
+
+def layer_on_both(x: Tensor, weight: Tensor) -> Tensor:
+    """x is an input and in the closure, and an upstream of z's product too."""
+    y = x.sin()
+    z, _ = exact(lambda z, y: torch.tanh(z @ weight.T + y * x), drop_converged=False)(y)
+    return z * y
+
+
+def layer_twice(x: Tensor, weight: Tensor) -> Tensor:
+    """One layer's output is another's input, with the same weight."""
+    deq = exact(lambda z, x: torch.tanh(z @ weight.T + x))
+    return deq(deq(x)[0])[0]
+
+
+def layer_on_pairs(x: Tensor, weight: Tensor) -> Tensor:
+    """A nested state and nested inputs."""
+
+    def f(z: dict[str, Tensor], inputs: list[Tensor]) -> dict[str, Tensor]:
+        return {
+            "a": torch.tanh(z["b"] @ weight.T + inputs[0]),
+            "b": torch.tanh(0.5 * z["a"] + inputs[1]),
+        }
+
+    zeros = torch.zeros_like(x)
+    z, _ = exact(f, z0=lambda inputs: {"a": zeros, "b": zeros})([x, x.cos()])
+    return z["a"] + z["b"].square()
+
+
+LAYERS = [layer_on_inputs, layer_on_closure, layer_on_both, layer_twice, layer_on_pairs]
+every_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
+
+
+def small_variables() -> tuple[Tensor, Tensor]:
+    weight = normal(3, 3, seed=1)
+    weight = 0.7 * weight / torch.linalg.matrix_norm(weight, 2)
+    return normal(2, 3).requires_grad_(), weight.requires_grad_()
+
+
+@every_layer
+def test_gradcheck(layer: Callable[..., Tensor]) -> None:
+    assert torch.autograd.gradcheck(layer, small_variables())
+
+
+@every_layer
+def test_a_pass_that_is_recorded_gives_the_same_gradients(layer: Callable[..., Tensor]) -> None:
+    variables = small_variables()
+    value = layer(*variables).square().sum()
+    plain = torch.autograd.grad(value, variables, retain_graph=True)
+    recorded = torch.autograd.grad(value, variables, create_graph=True)
+    torch.testing.assert_close(recorded, plain, rtol=1e-8, atol=1e-10)
+
+
+@every_layer
+def test_gradgradcheck(layer: Callable[..., Tensor]) -> None:
+    assert torch.autograd.gradgradcheck(layer, small_variables())
+
+
+def test_third_derivative() -> None:
+    """z = tanh(w z + x): compare with the derivatives of a long unrolled iteration."""
+    found: list[Any] = []
+    expected: list[Any] = []
+    for kind, results in (("implicit", found), ("unrolled", expected)):
+        x = torch.tensor([[0.3], [-0.8]], dtype=torch.float64, requires_grad=True)
+        w = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+
+        def f(z: Tensor, x: Tensor, w: Tensor = w) -> Tensor:
+            return torch.tanh(w * z + x)
+
+        z = exact(f)(x)[0] if kind == "implicit" else unrolled(f, torch.zeros_like(x), x)
+        value = z.sum()
+        for _ in range(3):
+            by_x, by_w = torch.autograd.grad(value, (x, w), create_graph=True)
+            results.append((by_x.detach(), by_w.detach()))
+            value = by_x.sum() + by_w
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_gradient_penalty_trains_the_parameters_of_a_module() -> None:
+    f, x = TanhMap(5, norm=0.7), normal(3, 5, seed=7).requires_grad_()
+    found: list[Any] = []
+    expected: list[Any] = []
+    for kind, results in (("implicit", found), ("unrolled", expected)):
+        z = exact(f)(x)[0] if kind == "implicit" else unrolled(f, torch.zeros_like(x), x)
+        (slope,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+        results.extend(torch.autograd.grad(slope.square().sum(), [x, *f.parameters()]))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradient_of_a_computed_tensor_in_the_closure(create_graph: bool) -> None:
+    """Features from an encoder that f closes over are no leaves, and still have a gradient."""
+    weight = small_variables()[1].detach()
+    source = normal(2, 3).requires_grad_()
+    features = source.sin()
+
+    def f(z: Tensor) -> Tensor:
+        return torch.tanh(z @ weight.T + features)
+
+    z, _ = exact(f, z0=lambda: torch.zeros_like(source), drop_converged=False)()
+    reference = unrolled(f, torch.zeros_like(source))
+    # With create_graph the features would have to be an input (see Implicit).
+    for target in (source,) if create_graph else (features, source):
+        (found,) = torch.autograd.grad(
+            z.sum(), target, create_graph=create_graph, retain_graph=True
+        )
+        (expected,) = torch.autograd.grad(reference.sum(), target, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)

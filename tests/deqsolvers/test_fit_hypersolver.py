@@ -1,0 +1,319 @@
+"""Fitting a HyperSolver: what it learns, what it leaves alone, what it refuses."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deqsolvers import DEQ, FitEpoch, HyperSolver, LossWeights, Picard, fit_hypersolver
+from deqsolvers.hypersolver.fit import measure_distances
+from tests.deqsolvers.maps import ConvolutionMap, TanhMap, normal
+
+SIZE = 8
+
+
+def small(seed: int = 0, memory: int = 3) -> HyperSolver:
+    """A HyperSolver whose weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    return HyperSolver.for_vectors(SIZE, memory=memory, width=16)
+
+
+def layer(norm: float = 0.9) -> DEQ:
+    return DEQ(TanhMap(SIZE, norm=norm, dtype=torch.float32))
+
+
+def inputs_of(batches: int, size: int = 32, seed: int = 0) -> list[Tensor]:
+    """Inputs near one direction, so that fixed points resemble each other as images' do."""
+    common = normal(1, SIZE, seed=99, dtype=torch.float32)
+    return [
+        common + 0.3 * normal(size, SIZE, seed=seed + k, dtype=torch.float32)
+        for k in range(batches)
+    ]
+
+
+def test_fitting_beats_plain_iteration_of_as_many_steps() -> None:
+    deq, hyper = layer(), small()
+    steps = 4
+    validation = inputs_of(2, seed=50)
+    history = fit_hypersolver(
+        hyper, deq, inputs_of(10), epochs=5, steps=steps, lr=1e-2, validation=validation
+    )
+    plain = torch.stack(measure_distances(Picard(), deq, validation, steps)).mean(0)
+    fitted = torch.tensor(history[-1].distances)
+    assert fitted.shape == (steps + 1,)
+    assert fitted[-1] < 0.5 * plain[-1]
+    assert fitted[0] < 0.5 * plain[0]  # the initializer beats zeros
+    assert history[-1].loss < 0.5 * history[0].loss
+    assert [epoch.epoch for epoch in history] == list(range(1, 6))
+    assert all(epoch.skipped == 0 for epoch in history)
+
+
+def test_distances_are_those_of_the_iterates() -> None:
+    deq, x = layer(), inputs_of(1)[0]
+    (found,) = measure_distances(Picard(), deq, [x], 3)
+    with torch.no_grad():
+        target = deq.solve(x).z
+        z, expected = torch.zeros_like(x), []
+        for _ in range(4):
+            expected.append(((z - target).norm(dim=1) / target.norm(dim=1)).mean())
+            z = deq.f(z, x)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=2e-3)
+
+
+def test_images_with_two_inputs_as_tuples() -> None:
+    kernel = ConvolutionMap(3, dtype=torch.float32)
+    deq = DEQ(lambda z, x, gain: gain * kernel(z, x))
+    batches = [
+        (normal(2, 3, 6, 5, seed=k, dtype=torch.float32), torch.full((2, 1, 1, 1), 0.9))
+        for k in range(3)
+    ]
+    hyper = HyperSolver.for_images(3, width=16)
+    history = fit_hypersolver(hyper, deq, batches, epochs=3, steps=3)
+    assert history[-1].loss < history[0].loss
+
+
+class Switching(nn.Module):
+    """A map with a normalisation and a dropout, whose modes can be told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = TanhMap(SIZE, norm=0.7, dtype=torch.float32)
+        self.norm = nn.BatchNorm1d(SIZE, affine=False)
+        self.drop = nn.Dropout(0.5)
+        self.trained_seen = False
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        self.trained_seen |= self.norm.training or self.drop.training
+        return self.drop(0.9 * self.map(z, self.norm(x)))
+
+
+def test_the_map_is_left_exactly_as_it_was() -> None:
+    f = Switching()
+    f.map.bias.requires_grad_(False)
+    f.norm.eval()  # a mixture of modes must come back too
+    deq = DEQ(f)
+    before = copy.deepcopy(f.state_dict())
+    modes = {name: module.training for name, module in deq.named_modules()}
+    fit_hypersolver(small(), deq, inputs_of(2), epochs=2, steps=2)
+    for name, value in f.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert {name: module.training for name, module in deq.named_modules()} == modes
+    assert not f.map.bias.requires_grad
+    assert f.map.weight.requires_grad
+    assert all(p.grad is None for p in f.parameters())
+    assert not f.trained_seen  # z* and the unrolled steps see the map of inference
+
+
+def test_modes_come_back_after_an_error() -> None:
+    f = Switching()
+    f.norm.eval()
+    deq = DEQ(f)
+
+    def fail(update: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_hypersolver(small(), deq, inputs_of(1), epochs=1, steps=1, on_batch=fail)
+    assert deq.training
+    assert f.drop.training
+    assert not f.norm.training
+
+
+def test_the_fitted_solver_is_left_in_evaluation_mode() -> None:
+    hyper = small()
+    fit_hypersolver(hyper, layer(), inputs_of(1), epochs=1, steps=1)
+    assert not hyper.training
+
+
+def test_a_deq_that_carries_the_solver_can_be_fitted() -> None:
+    """hyper is then a submodule of the DEQ, which is put into evaluation mode."""
+    hyper = small()
+    history = fit_hypersolver(hyper, layer().with_solver(hyper), inputs_of(2), epochs=2, steps=2)
+    assert history[-1].loss < history[0].loss
+
+
+def test_fitting_is_reproducible() -> None:
+    results = []
+    for _ in range(2):
+        hyper = small(seed=3)
+        history = fit_hypersolver(hyper, layer(), inputs_of(3), epochs=2, steps=3)
+        results.append((history, hyper.state_dict()))
+    assert results[0][0] == results[1][0]
+    for name, value in results[0][1].items():
+        assert torch.equal(value, results[1][1][name]), name
+
+
+def test_progress_is_reported() -> None:
+    updates: list[tuple[int, float]] = []
+    epochs: list[FitEpoch] = []
+    history = fit_hypersolver(
+        small(),
+        layer(),
+        inputs_of(3),
+        epochs=2,
+        steps=2,
+        on_batch=lambda update, loss: updates.append((update, loss)),
+        on_epoch=epochs.append,
+    )
+    assert [update for update, _ in updates] == [1, 2, 3, 4, 5, 6]
+    assert epochs == history
+    assert history[0].loss == pytest.approx(sum(loss for _, loss in updates[:3]) / 3, rel=1e-5)
+
+
+def test_iterators_are_iterated_once_for_all_epochs() -> None:
+    """A generator would be empty in the second epoch, for training as for validation."""
+    history = fit_hypersolver(
+        small(),
+        layer(),
+        (x for x in inputs_of(2)),
+        epochs=3,
+        steps=2,
+        validation=(x for x in inputs_of(2, seed=50)),
+    )
+    assert [len(epoch.distances) for epoch in history] == [3, 3, 3]
+
+
+def test_a_deq_that_does_not_converge_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"z\* is unreliable for 64 of 64 samples.*residual above"):
+        fit_hypersolver(small(), diverging(), inputs_of(2), epochs=2, steps=2)
+
+
+def diverging() -> DEQ:
+    f = TanhMap(SIZE, norm=0.9, dtype=torch.float32)
+    return DEQ(lambda z, x: f(z, x) - 3 * torch.sign(z) * z.abs().sqrt() - 5 * torch.sign(z))
+
+
+def test_a_refused_fit_leaves_the_hypersolver_as_it_was() -> None:
+    hyper = small()
+    before = copy.deepcopy(hyper.state_dict())
+    with pytest.raises(ValueError, match="unreliable"):
+        fit_hypersolver(hyper, diverging(), inputs_of(2), epochs=2, steps=2)
+    for name, value in hyper.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("batches", [[], iter(())])
+def test_no_batches(batches: Any) -> None:
+    with pytest.raises(ValueError, match="batches is empty"):
+        fit_hypersolver(small(), layer(), batches)
+
+
+@pytest.mark.parametrize("name", ["epochs", "steps"])
+def test_counts_out_of_range(name: str) -> None:
+    options: dict[str, Any] = {"epochs": 1, "steps": 1, name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+        fit_hypersolver(small(), layer(), inputs_of(1), **options)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_sample_without_a_fixed_point_does_not_spoil_the_fit(bad: float) -> None:
+    """Its share of the loss is zero, and zero times NaN would be NaN."""
+    batches = inputs_of(4)
+    batches[1][5] = bad
+    hyper = small()
+    history = fit_hypersolver(hyper, layer(), batches, epochs=2, steps=2)
+    assert history[0].skipped == pytest.approx(1 / 128)
+    assert all(torch.isfinite(value).all() for value in hyper.state_dict().values())
+    assert torch.isfinite(torch.tensor([epoch.loss for epoch in history])).all()
+    assert torch.isfinite(torch.tensor([epoch.distances for epoch in history])).all()
+    clean = fit_hypersolver(small(), layer(), inputs_of(4), epochs=2, steps=2)
+    assert history[-1].loss == pytest.approx(clean[-1].loss, rel=0.2)
+
+
+def test_a_batch_without_any_fixed_point_is_left_out() -> None:
+    """The last batch of a data set may hold a single sample."""
+    bad = torch.full((1, SIZE), torch.nan)
+    history = fit_hypersolver(
+        small(),
+        layer(),
+        [*inputs_of(3), bad],
+        epochs=2,
+        steps=2,
+        validation=[*inputs_of(2, seed=50), bad],
+    )
+    clean = fit_hypersolver(
+        small(), layer(), inputs_of(3), epochs=2, steps=2, validation=inputs_of(2, seed=50)
+    )
+    assert history[0].skipped == pytest.approx(1 / 97)
+    assert history[-1].distances == pytest.approx(clean[-1].distances, rel=0.2)
+
+
+LOSSES = {
+    "convergence": LossWeights(convergence=0.1, initializer=0, alpha=0),
+    "initializer": LossWeights(convergence=0, initializer=0.1, alpha=0),
+    "alpha": LossWeights(convergence=0, initializer=0, alpha=0.01),
+}
+
+
+def loss_and_gradient(hyper: HyperSolver, weights: LossWeights) -> tuple[float, HyperSolver]:
+    """The loss before the first update, and a copy that holds the gradient that it took."""
+    trained = copy.deepcopy(hyper)
+    deq = DEQ(TanhMap(SIZE), tol=1e-12)
+    (epoch,) = fit_hypersolver(
+        trained,
+        deq,
+        [normal(4, SIZE)],
+        epochs=1,
+        steps=4,
+        weights=weights,
+        teacher_tol=1e-12,
+        teacher_steps=200,
+    )
+    return epoch.loss, trained
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "name", ["initializer.layers.0.weight", "network.read.weight", "network.mix.0.weight"]
+)
+def test_gradients_of_each_loss_by_finite_differences(loss: str, name: str) -> None:
+    hyper = small(memory=2).double()
+    with torch.no_grad():
+        hyper.network.read.weight.normal_(0, 0.02)
+    _, trained = loss_and_gradient(hyper, LOSSES[loss])
+    gradients = dict(trained.named_parameters())
+    total = torch.stack([p.grad.norm() for p in trained.parameters() if p.grad is not None]).norm()
+    assert total < 1, "the gradient must not have been clipped"
+    gradient = gradients[name].grad
+    if loss == "initializer" and name.startswith("network"):
+        assert gradient is None or (gradient == 0).all()
+        return
+    assert gradient is not None
+    place = tuple(int(i) for i in torch.unravel_index(gradient.abs().argmax(), gradient.shape))
+    assert gradient[place].abs() > 0
+    parameter = dict(hyper.named_parameters())[name]
+    values = []
+    for shift in (1e-5, -1e-5):
+        with torch.no_grad():
+            parameter[place] += shift
+        values.append(loss_and_gradient(hyper, LOSSES[loss])[0])
+        with torch.no_grad():
+            parameter[place] -= shift
+    slope = (values[0] - values[1]) / 2e-5
+    assert slope == pytest.approx(float(gradient[place]), rel=1e-3)
+
+
+def test_the_three_losses_are_what_the_paper_says() -> None:
+    """Recomputed for plain iteration, which an untrained HyperSolver is."""
+    hyper = small().double()
+    deq = DEQ(TanhMap(SIZE), tol=1e-12)
+    x, steps = normal(4, SIZE), 4
+    with torch.no_grad():
+        target = DEQ(deq.f, tol=1e-13, max_steps=200).solve(x).z
+        scale = target.norm(dim=1)
+        z, distances, mixed = hyper.start(x), [], []
+        for _ in range(steps + 1):
+            distances.append(((z - target).norm(dim=1) / scale).mean())
+            fz = deq.f(z, x)
+            mixed.append(((fz - z).norm(dim=1) / scale).mean())
+            z = fz
+    ramp = torch.arange(1, steps + 1) / (steps * (steps + 1) / 2)
+    expected = {
+        "convergence": 0.1 * float((ramp * torch.stack(distances[1:])).sum()),
+        "initializer": 0.1 * float(distances[0]),
+        "alpha": 0.01 * float(sum(mixed[:steps])),
+    }
+    for loss, value in expected.items():
+        assert loss_and_gradient(hyper, LOSSES[loss])[0] == pytest.approx(value, rel=1e-6), loss

@@ -1,0 +1,257 @@
+"""Anderson and Broyden against independent implementations and against what theory says of them."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.sparse.linalg
+import torch
+
+from deqsolvers import Anderson, Broyden, Solver, StepInfo, fixed_point
+from deqsolvers.state import Layout
+from tests.problems import Problem, linear, non_normal, rotation, symmetric, tanh_deq, with_spectrum
+
+
+def iterates(problem: Problem, solver: Solver, steps: int) -> list[np.ndarray]:
+    """The (B, features) iterates z_0 .. z_steps of a solve without a tolerance."""
+    seen: list[np.ndarray] = []
+
+    def record(info: StepInfo) -> None:
+        seen.append(info.z.flatten(1).numpy().copy())
+
+    fixed_point(
+        problem.f,
+        problem.z0,
+        problem.inputs,
+        solver=solver,
+        tol=None,
+        max_steps=steps,
+        callback=record,
+    )
+    return seen
+
+
+def walker_ni(problem: Problem, memory: int, damping: float, steps: int) -> list[np.ndarray]:
+    """Type-II Anderson acceleration for each sample on its own, by orthogonal least squares."""
+    paths = []
+    for row in range(len(problem.z0)):
+        inputs = tuple(tensor[row : row + 1] for tensor in problem.inputs)
+        z = problem.z0[row].numpy()
+        zs: list[np.ndarray] = []
+        gs: list[np.ndarray] = []
+        path = [z]
+        for _ in range(steps):
+            with torch.no_grad():
+                fz = problem.f(torch.from_numpy(z).unsqueeze(0), *inputs)[0].numpy()
+            zs, gs = [*zs, z][-memory - 1 :], [*gs, fz - z][-memory - 1 :]
+            step = damping * gs[-1]
+            if len(gs) > 1:
+                dz, dg = np.diff(np.array(zs), axis=0).T, np.diff(np.array(gs), axis=0).T
+                gamma = np.linalg.lstsq(dg, gs[-1], rcond=None)[0]
+                step = step - (dz + damping * dg) @ gamma
+            z = z + step
+            path.append(z)
+        paths.append(path)
+    return [np.stack([path[k] for path in paths]) for k in range(steps + 1)]
+
+
+@pytest.mark.parametrize("problem", [tanh_deq(), non_normal()], ids=lambda p: p.name)
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+@pytest.mark.parametrize("memory", [1, 3])
+def test_anderson_is_walker_and_ni_step_by_step(
+    memory: int, damping: float, problem: Problem
+) -> None:
+    steps = 10
+    ours = iterates(problem, Anderson(memory, damping, regularization=0.0), steps)
+    theirs = walker_ni(problem, memory, damping, steps)
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-7 * np.abs(other).max())
+
+
+def test_anderson_matches_scipy_on_one_problem() -> None:
+    """SciPy's starts from the Jacobian -1/alpha, here -I, and regularises by w0, here 0."""
+    spectrum = 0.9 * torch.linspace(-0.5, 1, 8, dtype=torch.float64)
+    problem = linear("one", with_spectrum(spectrum), batch=1)
+
+    def residual(z: np.ndarray) -> np.ndarray:
+        state = torch.from_numpy(np.atleast_2d(z))
+        return (problem.f(state, *problem.inputs) - state)[0].numpy()
+
+    path: list[np.ndarray] = [problem.z0[0].numpy()]
+    scipy.optimize.anderson(
+        residual,
+        problem.z0[0].numpy(),
+        alpha=1.0,
+        w0=0.0,
+        M=3,
+        line_search=None,
+        iter=6,
+        callback=lambda z, g: path.append(z.copy()),
+    )
+    ours = iterates(problem, Anderson(memory=3, regularization=0.0), len(path) - 1)
+    for mine, theirs in zip(ours, path, strict=True):
+        np.testing.assert_allclose(mine[0], theirs, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        with_spectrum(torch.tensor([0.9, 0.5, 0.1, -0.3, -0.8], dtype=torch.float64)),
+        torch.block_diag(rotation(2, 1.0, 0.9), rotation(2, 2.0, 0.8), rotation(2, 0.3, 0.5)),
+        with_spectrum(torch.tensor([1.5, 0.5, -2.0, 0.3], dtype=torch.float64)),
+    ],
+    ids=["symmetric", "rotation", "expanding"],
+)
+def test_full_memory_anderson_is_gmres(matrix: torch.Tensor) -> None:
+    """Walker & Ni (2011), theorem 2.2: step k + 1 is one application of f to GMRES's iterate k."""
+    size = len(matrix)
+    problem = linear("full memory", matrix, batch=1)
+    system, right = (torch.eye(size) - matrix).numpy(), problem.inputs[0][0].numpy()
+    ours = iterates(problem, Anderson(memory=size), size + 1)
+    for k in range(1, size + 1):
+        krylov, _ = scipy.sparse.linalg.gmres(
+            system, right, x0=np.zeros(size), rtol=1e-15, restart=k, maxiter=1
+        )
+        expected = matrix.numpy() @ krylov + right
+        np.testing.assert_allclose(ours[k + 1][0], expected, rtol=0, atol=1e-8)
+        smallest = np.linalg.norm(matrix.numpy() @ (right - system @ krylov))
+        residual = np.linalg.norm(right - system @ ours[k + 1][0])
+        np.testing.assert_allclose(residual, smallest, rtol=1e-6, atol=1e-9)
+    # n + 1 evaluations determine the solution, the next iterate is it.
+    assert problem.solution is not None
+    np.testing.assert_allclose(ours[size + 1], problem.solution.numpy(), rtol=0, atol=1e-9)
+
+
+def test_single_precision_costs_anderson_no_steps() -> None:
+    """Slow modes make successive residuals nearly parallel, where a rough Gram matrix fails."""
+    double = symmetric(0.999)
+    b = double.inputs[0].float()
+    counts = []
+    for cast in (torch.Tensor.float, torch.Tensor.double):
+        solution = fixed_point(
+            lambda z, b: double.f(z.double(), b.double()).to(z.dtype),
+            cast(torch.zeros_like(b)),
+            (cast(b),),
+            solver=Anderson(memory=5),
+            tol=1e-5,
+            max_steps=100,
+        )
+        assert solution.converged.all()
+        counts.append(int(solution.steps.max()))
+    assert counts[0] <= 1.2 * counts[1]
+
+
+def inverse_jacobians(memory: object, features: int) -> np.ndarray:
+    """H = -I + sum_i u_i v_i^T of every sample, from the terms that Broyden says are in use."""
+    u, v, length = memory.u, memory.v, memory.length  # type: ignore[attr-defined]
+    inverse = -torch.eye(features, dtype=u.buffer.dtype).repeat(len(length), 1, 1)
+    if u.filled:
+        used = (u.ages() < length.unsqueeze(1)).to(u.buffer.dtype)
+        left = u.buffer[:, : u.filled] * used.unsqueeze(2)
+        inverse = inverse + torch.einsum("bki,bkj->bij", left, v.buffer[:, : v.filled])
+    return inverse.numpy()
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+@pytest.mark.parametrize("problem", [tanh_deq(size=6), non_normal()], ids=lambda p: p.name)
+def test_broyden_keeps_the_secant_condition(problem: Problem, damping: float) -> None:
+    """After each update, H (g_k - g_(k-1)) = z_k - z_(k-1), with H as it was for all else."""
+    method = Broyden(memory=20, damping=damping)
+    z = problem.z0
+    features = z.shape[1]
+    memory = method.init(z, Layout.of(z))
+    before: tuple[torch.Tensor, torch.Tensor, np.ndarray] | None = None
+    with torch.no_grad():
+        for _ in range(10):
+            fz = problem.f(z, *problem.inputs)
+            g = fz - z
+            following = method.step(memory, z, fz, g)
+            inverse = inverse_jacobians(memory, features)
+            np.testing.assert_allclose(
+                (following - z).numpy(),
+                -damping * np.einsum("bij,bj->bi", inverse, g.numpy()),
+                atol=1e-10,
+            )
+            if before is not None:
+                dz, dg = (z - before[0]).numpy(), (g - before[1]).numpy()
+                np.testing.assert_allclose(np.einsum("bij,bj->bi", inverse, dg), dz, atol=1e-8)
+                # The least change: H - H_before maps into a single direction, dz - H_before dg.
+                change = inverse - before[2]
+                assert (np.linalg.matrix_rank(change, tol=1e-8) <= 1).all()
+            before = z, g, inverse
+            z = following
+
+
+@pytest.mark.parametrize("problem", [tanh_deq(size=6), non_normal()], ids=lambda p: p.name)
+def test_broyden_is_the_dense_method_step_by_step(problem: Problem) -> None:
+    """Broyden (1965): B <- B + (dg - B dz) dz^T / (dz^T dz) and z <- z - B^-1 g, from B = -I."""
+    steps = 9
+    ours = iterates(problem, Broyden(memory=steps), steps)
+    for row in range(len(problem.z0)):
+        inputs = tuple(tensor[row : row + 1] for tensor in problem.inputs)
+
+        def residual(z: np.ndarray, inputs: tuple[torch.Tensor, ...] = inputs) -> np.ndarray:
+            with torch.no_grad():
+                return problem.f(torch.from_numpy(z).unsqueeze(0), *inputs)[0].numpy() - z
+
+        z = problem.z0[row].numpy()
+        g, jacobian = residual(z), -np.eye(len(z))
+        for k in range(steps):
+            np.testing.assert_allclose(ours[k][row], z, atol=1e-7 * max(1, np.abs(z).max()))
+            dz = -np.linalg.solve(jacobian, g)
+            z, previous = z + dz, g
+            g = residual(z)
+            jacobian = jacobian + np.outer(g - previous - jacobian @ dz, dz) / (dz @ dz)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        with_spectrum(torch.linspace(-0.9, 0.9, 8, dtype=torch.float64)),
+        torch.full((6, 6), 1.5, dtype=torch.float64).triu(1)
+        + 0.5 * torch.eye(6, dtype=torch.float64),
+        with_spectrum(torch.tensor([1.5, 3.0, -2.0, 0.3], dtype=torch.float64)),
+    ],
+    ids=["symmetric", "non-normal", "expanding"],
+)
+def test_broyden_solves_n_linear_equations_in_2n_steps(matrix: torch.Tensor) -> None:
+    """Gay (1979)."""
+    size = len(matrix)
+    problem = linear("gay", matrix)
+    solution = fixed_point(
+        problem.f,
+        problem.z0,
+        problem.inputs,
+        solver=Broyden(memory=2 * size),
+        tol=1e-10,
+        max_steps=2 * size,
+    )
+    assert solution.converged.all(), solution.describe()
+
+
+def test_broyden_starts_again_when_its_memory_is_full() -> None:
+    problem = symmetric(0.9)
+    short, long = (iterates(problem, Broyden(memory=m), 8) for m in (3, 20))
+    # Updates 1, 2 and 3 fill the memory; the fourth clears it, so that step 5 is a plain one.
+    for k in range(5):
+        np.testing.assert_allclose(short[k], long[k], atol=1e-12)
+    plain = problem.f(torch.from_numpy(short[4]), *problem.inputs).numpy()
+    np.testing.assert_allclose(short[5], plain, atol=1e-12)
+    assert not np.allclose(long[5], plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [Anderson(memory=3), Broyden(memory=3)], ids=str)
+def test_a_singular_update_costs_a_plain_step_and_no_more(method: Solver) -> None:
+    """f(z) = z + c has the same residual everywhere: no secant equation can be solved."""
+    shift = torch.tensor([[1.0, -2.0, 4.0], [0.5, 0.0, 8.0]])
+    path = []
+    solution = fixed_point(
+        lambda z: z + shift,
+        torch.zeros_like(shift),
+        solver=method,
+        relative=False,
+        max_steps=10,
+        callback=lambda info: path.append(info.z.clone()),
+    )
+    assert solution.failed.all()
+    for k, z in enumerate(path):
+        torch.testing.assert_close(z, k * shift)

@@ -1,0 +1,82 @@
+"""The configuration: complete, typed, and honest about every fault."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from polypseg.config import ConfigError, load_config, make_config
+
+
+def test_every_default_is_set_and_explained() -> None:
+    text = (Path(__file__).parents[2] / "polypseg" / "defaults.yaml").read_text()
+    settings = [line for line in text.splitlines() if ":" in line and not line.startswith("#")]
+    shared = yaml.safe_load(text)["explicit"].keys() | yaml.safe_load(text)["hyper"].keys()
+    for line in settings:
+        # Keys that several phases share are explained where they first occur.
+        assert "#" in line or line.split(":")[0].strip() in shared or line.strip().endswith(":"), (
+            line
+        )
+    assert make_config() == make_config({})
+
+
+def test_changes_and_overrides_come_on_top_in_order() -> None:
+    config = make_config(
+        {"explicit": {"epochs": 3, "lr": 0.1}}, ["explicit.epochs=5", "data.scales=[0.5, 2]"]
+    )
+    assert config.explicit.epochs == 5
+    assert config.explicit.lr == 0.1
+    assert config.data.scales == (0.5, 2)
+    assert config.implicit == make_config().implicit
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
+    config = make_config({}, ["explicit.lr=1e-3", "model.name=polypdeq-res", "seed=7"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.explicit.lr == 1e-3
+
+
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(
+            {"explicit": {"epoch": 3, "lr": "fast"}, "data": {"size": 100}, "modle": {}},
+            ["implicit.solver", "seed.x=1"],
+        )
+    message = str(caught.value)
+    for fragment in (
+        "explicit.epoch is not",
+        "explicit.lr must",
+        "modle",
+        "implicit.solver",
+        "seed",
+    ):
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("data.size=100", "data.size must be a positive multiple of 32, got 100"),
+        ("model.name=unet", "model.name must be one of polypdeq-add, polypdeq-res, got 'unet'"),
+        ("explicit.epochs=0", "explicit.epochs must be at least 1, got 0"),
+        ("explicit.epochs=true", "explicit.epochs must be of type int, got True"),
+        ("implicit.ema=1.5", "implicit.ema must be between 0 and 1, got 1.5"),
+        ("implicit.backward=magic", "implicit.backward must be one of implicit, phantom"),
+    ],
+)
+def test_values_out_of_range_are_refused(override: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config({}, [override])
+    assert complaint in str(caught.value)
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml: there is no such"):
+        load_config(tmp_path / "gone.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(ConfigError, match=r"list\.yaml: it must hold settings"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: cannot be read"):
+        load_config(tmp_path / "broken.yaml")

@@ -1,0 +1,148 @@
+"""Segmenting a person's own images."""
+
+import csv
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from polypseg import cli
+from polypseg.data import DataError, read_image
+from polypseg.drawing import overlay
+from polypseg.predict import predict_files
+from polypseg.predictor import Predictor
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder of three images: a photograph, a grey one, and one that a camera turned."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    picture = coarse.resize((120, 90), Image.Resampling.BICUBIC)
+    picture.save(folder / "a photo.jpg")
+    picture.convert("L").save(folder / "grey.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter: 90 wide, 120 high
+    picture.save(folder / "turned.jpg", exif=exif)
+    return folder
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_masks_overlays_and_the_table_agree(tiny_run, images, tmp_path, capsys):
+    before = digests(images)
+    out = tmp_path / "out"
+    arguments = [str(images), "--run", str(tiny_run), "--out", str(out), "--solver", "anderson"]
+    assert cli.predict(arguments) == 0
+    assert "Images: 3, with a polyp marked: 3 (solver anderson)" in capsys.readouterr().out
+    assert digests(images) == before
+
+    rows = {Path(row["file"]).name: row for row in read_csv(out / "predictions.csv")}
+    assert list(rows) == ["a photo.jpg", "grey.png", "turned.jpg"]
+    predictor = Predictor.from_run(tiny_run, "anderson")
+    for name, row in rows.items():
+        result = predictor.predict(read_image(images / name))
+        mask = np.asarray(Image.open(out / "masks" / f"{Path(name).stem}.png"))
+        assert mask.dtype == np.uint8
+        np.testing.assert_array_equal(mask, np.where(result.probability > 0.5, 255, 0))
+        assert (int(row["height"]), int(row["width"])) == mask.shape
+        assert int(row["polyp_pixels"]) == (mask == 255).sum()
+        assert float(row["polyp_share"]) == pytest.approx((mask == 255).mean())
+        assert float(row["max_probability"]) == pytest.approx(result.probability.max())
+        assert int(row["steps"]) == result.steps
+        assert float(row["residual"]) == pytest.approx(result.residual)
+        assert row["status"] == result.status
+
+        drawn = np.asarray(Image.open(out / "overlays" / f"{Path(name).stem}.jpg")).astype(int)
+        assert drawn.shape[:2] == mask.shape
+        image = read_image(images / name)
+        loss = abs(drawn - overlay(image, mask > 0)).mean()  # JPEG's
+        assert loss < 0.3 * abs(drawn - image).mean()
+    assert rows["turned.jpg"]["width"] == "90"
+
+
+def test_the_default_solver_is_the_runs_best(tiny_run, images, tmp_path, capsys):
+    assert cli.predict([str(images), "--run", str(tiny_run), "--out", str(tmp_path / "out")]) == 0
+    assert "(solver hyper)" in capsys.readouterr().out
+
+
+def test_sources_may_be_patterns_and_may_overlap(tiny_run, images, tmp_path):
+    predictor = Predictor.from_run(tiny_run, "explicit")
+    sources = [images / "grey.png", f"{images}/*.png", images]
+    rows = predict_files(predictor, sources, tmp_path / "out")
+    assert sorted(Path(row.file).name for row in rows) == ["a photo.jpg", "grey.png", "turned.jpg"]
+
+
+def test_all_that_is_wrong_is_named_and_nothing_is_written(tiny_run, images, tmp_path, capsys):
+    (images / "broken.png").write_bytes(b"no picture")
+    (images / "short.jpg").write_bytes((images / "a photo.jpg").read_bytes()[:400])
+    (images / "GREY.jpg").write_bytes((images / "a photo.jpg").read_bytes())
+    out = tmp_path / "out"
+    nothing = str(tmp_path / "nothing*.png")
+    assert cli.predict([str(images), nothing, "--run", str(tiny_run), "--out", str(out)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("polypseg-predict: error: ")
+    assert "broken.png: cannot be decoded" in message
+    assert "short.jpg: cannot be decoded" in message
+    assert "shares its stem with" in message
+    assert f"{images / 'grey.png'}" in message
+    assert f"{images / 'GREY.jpg'}" in message
+    assert "nothing*.png: there is no such file or folder" in message
+    assert "Traceback" not in message
+    assert not out.exists()
+
+
+def test_images_of_one_name_in_two_folders_are_refused(tiny_run, images, tmp_path):
+    other = Path(shutil.copytree(images, tmp_path / "other"))
+    predictor = Predictor.from_run(tiny_run, "explicit")
+    with pytest.raises(DataError) as caught:
+        predict_files(predictor, [images, other], tmp_path / "out")
+    assert len(caught.value.faults) == 3
+    assert f"{images / 'grey.png'}: shares its stem with {other / 'grey.png'}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_that_lie_in_the_output_folder_are_never_overwritten(
+    tiny_run, synthetic_data, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(synthetic_data / "TestDataset" / "Synthetic", tmp_path / "set"))
+    before = digests(folder)
+    source = str(folder / "images")
+    for out in (folder, folder / "images", folder / "images" / "synthetic_0001.jpg"):
+        assert cli.predict([source, "--run", str(tiny_run), "--out", str(out)]) == 1
+        assert f"{out}: exists and is not an empty folder" in capsys.readouterr().err
+        assert digests(folder) == before
+
+
+def test_a_run_or_solver_that_is_not_there_is_refused(tiny_run, images, tmp_path, capsys):
+    for arguments, message in (
+        (["--run", str(tmp_path / "nowhere")], "nowhere: there is no such folder"),
+        (["--run", str(images)], "holds no trained weights"),
+        (["--run", str(tiny_run), "--solver", "newton"], "got 'newton'"),
+        (["--run", str(tiny_run), "--device", "warp"], "device 'warp' cannot be used"),
+    ):
+        assert cli.predict([str(images), "--out", str(tmp_path / "out"), *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_network_are_refused(copy_run, images, tmp_path, capsys):
+    run = copy_run()
+    shutil.copy(run / "hyper.safetensors", run / "implicit.safetensors")
+    arguments = [str(images), "--run", str(run), "--out", str(tmp_path / "out")]
+    assert cli.predict(arguments) == 1
+    assert "implicit.safetensors: these weights do not fit the model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,103 @@
+"""Rows of an evaluation, their summary and the tables made of them."""
+
+import csv
+import io
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from polypseg.scores import (
+    TABLE_HEADER,
+    ImageRow,
+    SummaryRow,
+    read_summary,
+    summarise,
+    table_cells,
+    text_table,
+    to_csv,
+)
+
+
+def row(dice: float, residual: float, seconds: float, steps: int = 3) -> ImageRow:
+    solve = (steps, steps + 1, residual, "CONVERGED", seconds)
+    return ImageRow(f"image, {dice}", 1, 2, 3, 4, dice, dice / 2, *solve)
+
+
+ROWS = [
+    row(0.5, 1e-3, 0.4),
+    row(1.0, 2e-3, 0.1, steps=8),
+    row(0.0, 1e-5, 0.2),
+    row(0.9, 9e-4, 0.3),
+]
+
+
+def test_a_summary_holds_the_statistics_of_its_rows():
+    summary = summarise("Kvasir", "anderson", ROWS)
+    seconds = [0.4, 0.1, 0.2, 0.3]
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+    assert summary.mDice == pytest.approx(2.4 / 4)
+    assert summary.mIoU == pytest.approx(1.2 / 4)
+    assert [summary.seconds_q1, summary.seconds_median, summary.seconds_q3] == pytest.approx(
+        quartiles
+    )
+    assert (summary.images, summary.steps_mean, summary.steps_max) == (4, 17 / 4, 8)
+    assert summary.evaluations_mean == 21 / 4
+    assert summary.residual_median == pytest.approx((9e-4 + 1e-3) / 2)
+    assert summary.residual_worst == 2e-3
+    assert summary.converged_share == 3 / 4  # 1e-3 itself counts
+
+
+def test_residuals_that_were_not_measured_stay_unknown_and_infinite_ones_count():
+    unknown = summarise("Kvasir", "explicit", [row(0.5, math.nan, 0.1)])
+    assert math.isnan(unknown.residual_median)
+    assert math.isnan(unknown.residual_worst)
+    assert math.isnan(unknown.converged_share)
+    assert table_cells(unknown)[-2:] == ("–", "–")
+    broken = summarise("Kvasir", "picard", [row(0.5, math.inf, 0.1), row(0.5, 1e-4, 0.1)])
+    assert broken.residual_worst == math.inf
+    assert broken.converged_share == 0.5
+
+
+def test_no_rows_have_no_summary():
+    with pytest.raises(ValueError, match="at least one image"):
+        summarise("Kvasir", "anderson", [])
+
+
+def test_csv_cells_are_the_fields_and_nan_is_empty():
+    text = to_csv([ROWS[0], row(0.25, math.nan, 0.5)], ImageRow).decode()
+    first, second = csv.DictReader(io.StringIO(text))
+    assert list(first) == [
+        "stem", "tp", "fp", "fn", "tn", "dice", "iou",
+        "steps", "evaluations", "residual", "status", "seconds",
+    ]  # fmt: skip
+    assert first["stem"] == "image, 0.5"
+    assert float(first["residual"]) == 1e-3
+    assert second["residual"] == ""
+
+
+def test_a_summary_is_read_back_as_it_was_written(tmp_path):
+    rows = [
+        summarise("Kvasir", "anderson", ROWS),
+        summarise("a, b", "explicit", [row(0.1, math.nan, 0.1)]),
+        summarise("Kvasir", "picard", [row(0.1, math.inf, 0.1)]),
+    ]
+    path = tmp_path / "summary.csv"
+    path.write_bytes(to_csv(rows, SummaryRow))
+    np.testing.assert_equal([vars(r) for r in read_summary(path)], [vars(r) for r in rows])
+
+    path.write_text("data,solver\nKvasir,anderson\n")
+    with pytest.raises(ValueError, match=r"summary\.csv: not a summary of this version"):
+        read_summary(path)
+
+
+def test_the_table_is_aligned():
+    lines = text_table(
+        [summarise("Kvasir", "anderson", ROWS), summarise("CVC-ClinicDB", "hyper", ROWS)]
+    ).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    for line in lines[1:]:
+        assert line.index("60.00 %") == lines[1].index("60.00 %")
+    assert "0.250 [0.175, 0.325]" in lines[1]
+    assert lines[0].split()[:3] == list(TABLE_HEADER[:3])

@@ -1,0 +1,182 @@
+"""Training end to end on tiny synthetic images, resuming, and what is refused."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from polypseg.checkpoint import CheckpointError, load_weights
+from polypseg.config import ConfigError
+from polypseg.data import DataError, list_images, make_synthetic, read_image
+from polypseg.predictor import Predictor
+from polypseg.schedule import learning_rate, rescale
+from polypseg.train import main
+
+TINY = [
+    "data.size=64",
+    "data.scales=[1.0]",
+    "explicit.epochs=6",
+    "explicit.batch=8",
+    "explicit.lr=1e-3",
+    "explicit.ema=0.8",
+    "implicit.epochs=2",
+    "implicit.batch=8",
+    "implicit.ema=0.8",
+    "hyper.epochs=3",
+    "hyper.steps=4",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic") / "data"
+    make_synthetic(folder, train=48, test=6, size=64, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main([str(folder), "--data", str(data), "--no-evaluate", *TINY]) == 0
+    return folder
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_three_phases_leave_a_complete_run(run: Path) -> None:
+    for name in ("config.yaml", "versions.json", "train.log", "results.csv", "curves.png"):
+        assert (run / name).stat().st_size > 0
+    for phase in ("explicit", "implicit", "hyper"):
+        _, metadata = load_weights(run / f"{phase}.safetensors")
+        assert metadata["phase"] == phase
+        assert "data:" in metadata["config"]
+        assert torch.__version__.startswith(json.loads(metadata["versions"])["torch"])
+    assert [(row["phase"], row["epoch"]) for row in rows(run)] == [
+        *(("explicit", str(epoch)) for epoch in range(1, 7)),
+        *(("implicit", str(epoch)) for epoch in range(1, 3)),
+        *(("hyper", str(epoch)) for epoch in range(1, 4)),
+    ]
+
+
+def test_dice_rises_and_the_fixed_point_is_reached(run: Path) -> None:
+    table = rows(run)
+    explicit = [float(row["val_dice"]) for row in table if row["phase"] == "explicit"]
+    assert max(explicit[3:]) > explicit[0] + 0.02
+    implicit = [row for row in table if row["phase"] == "implicit"][-1]
+    assert float(implicit["val_residual"]) <= 1e-3
+    assert float(implicit["loss"]) < float(table[0]["loss"])
+
+
+def test_the_hypersolver_comes_closer_to_the_fixed_point(run: Path, data: Path) -> None:
+    table = [row for row in rows(run) if row["phase"] == "hyper"]
+    assert float(table[-1]["distance_end"]) < float(table[0]["distance_end"])
+    assert float(table[-1]["distance_start"]) < float(table[0]["distance_start"])
+    # And independently of what the training said: on test images its residual after two steps is
+    # below that of plain iteration from zero.
+    fitted, plain = (Predictor.from_run(run, solver) for solver in ("hyper", "picard"))
+    images = [read_image(path) for path in list_images(data / "TestDataset/Synthetic/images")]
+    residuals = [(fitted.residuals(i, 3)[2], plain.residuals(i, 3)[2]) for i in images]
+    learned, classic = np.mean(residuals, axis=0)
+    assert learned < classic
+
+
+def test_a_finished_run_is_left_alone(run: Path, data: Path) -> None:
+    before = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    assert main([str(run), "--data", str(data), "--no-evaluate"]) == 0
+    assert before == {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    assert len(rows(run)) == 11
+
+
+def test_a_run_resumed_after_an_epoch_ends_bit_equal(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(tmp_path), "--data", str(data), "--no-evaluate", *TINY]
+    explicit = [*arguments, "--phases", "explicit"]
+
+    class Killed(BaseException):
+        pass
+
+    import polypseg.network_training as module
+
+    original = module.save_state
+
+    def save_and_die(path: Path, state: dict, **options: bool) -> None:
+        original(path, state, **options)
+        if state["epoch"] == 3:
+            raise Killed
+
+    monkeypatch.setattr(module, "save_state", save_and_die)
+    with pytest.raises(Killed):
+        main(explicit)
+    monkeypatch.setattr(module, "save_state", original)
+    assert main(explicit) == 0
+    uninterrupted, _ = load_weights(run / "explicit.safetensors")
+    resumed, _ = load_weights(tmp_path / "explicit.safetensors")
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[key], resumed[key]) for key in resumed)
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_a_run_is_not_continued_with_other_settings(run: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="started with other settings"):
+        main([str(run), "--data", str(data), "explicit.epochs=7"])
+
+
+def test_bad_data_is_named_all_at_once_and_nothing_is_written(data: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(data / "TrainDataset", bad)
+    images = sorted((bad / "images").iterdir())
+    images[0].write_bytes(b"not an image")
+    Image.fromarray(np.zeros((10, 12), np.uint8)).save(bad / "masks" / f"{images[1].stem}.png")
+    with pytest.raises(DataError) as caught:
+        main([str(tmp_path / "run"), "--data", str(bad)])
+    assert images[0].name in str(caught.value)
+    assert images[1].stem in str(caught.value)
+    (bad / "masks" / f"{images[2].stem}.png").unlink()
+    with pytest.raises(DataError, match=images[2].stem):
+        main([str(tmp_path / "run"), "--data", str(bad)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty"):
+        main([str(tmp_path / "run"), "--data", str(tmp_path / "empty")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_encoder_weights_stop_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"nonsense")
+    weights = ["--encoder-weights", str(tmp_path / "w.safetensors")]
+    with pytest.raises(CheckpointError, match=r"w\.safetensors"):
+        main([str(tmp_path / "run"), "--data", str(data), *weights])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    from polypseg.config import make_config
+
+    settings = make_config({}, ["explicit.lr=1e-3", "explicit.final_lr=1e-6"]).explicit
+    assert learning_rate(settings, 0.05) == pytest.approx(0.5e-3)
+    assert learning_rate(settings, 0.1) == pytest.approx(1e-3)
+    assert learning_rate(settings, 0.55) == pytest.approx((1e-3 + 1e-6) / 2)
+    assert learning_rate(settings, 1.0) == pytest.approx(1e-6)
+
+
+def test_scales_give_sides_that_the_model_takes() -> None:
+    torch.manual_seed(0)
+    batch = {
+        "image": torch.randn(2, 3, 256, 256),
+        "mask": (torch.rand(2, 1, 256, 256) > 0.5).float(),
+    }
+    sides = set()
+    for _ in range(30):
+        images, masks = rescale(batch, (0.75, 1.0, 1.25), torch.device("cpu"))
+        assert images.shape[-2:] == masks.shape[-2:]
+        assert set(masks.unique().tolist()) <= {0.0, 1.0}
+        sides.add(images.shape[-1])
+    assert sides == {192, 256, 320}

@@ -31,7 +31,7 @@ class DEQ(nn.Module):
         backward: "implicit", "phantom", "jacobian-free", "shine", "unrolled" or a `Backward`
             object.
         z0: makes the initial state, called as ``z0(*inputs)``. By default the solver's own
-            initializer, or zeros like the first input.
+            initializer, or zeros like the first floating-point input.
         tol, max_steps, relative, final, stall_after, drop_converged: see `fixed_point`.
         raise_on_failure: raise `ConvergenceError` if a forward solve fails (synchronises).
 
@@ -102,9 +102,11 @@ class DEQ(nn.Module):
         if started is not None:
             return widen(started)
         for leaf in pytree.tree_leaves(inputs):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
                 return widen(torch.zeros_like(leaf))
-        raise ValueError("the DEQ has no tensor input to take the state's shape from; give z0")
+        raise ValueError(
+            "the DEQ has no floating-point input to take the state's shape from; give z0"
+        )
 
     def with_solver(self, solver: Solver, **changes: Any) -> DEQ:
         """A DEQ that shares f (and its parameters) but solves with ``solver``.

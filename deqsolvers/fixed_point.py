@@ -94,11 +94,11 @@ def fixed_point(
         max_steps: most solver updates. Measuring the last iterate takes one evaluation more.
         relative: False compares ``||f(z) - z||`` itself with ``tol``; use it where the fixed point
             may be zero.
-        final: "best" returns each sample's best measured iterate. "last" returns the iterate after
-            the last update of samples that did not converge; it is not measured, which saves one
-            evaluation, and its residual is NaN.
+        final: "best" returns each sample's best measured iterate, the one with the smallest
+            ``||f(z) - z||``. "last" returns the iterate after the last update of samples that did
+            not converge; it is not measured, which saves one evaluation, and its residual is NaN.
         stall_after: a sample whose best residual has not fallen by one per cent for this many
-            steps ends as stalled.
+            steps ends as stalled; raise it where a solve crosses long plateaus.
         drop_converged: let decided samples leave the batch when that saves work. Set False if f
             needs the whole batch (batch statistics, CUDA graphs, shapes compiled in).
         raise_on_failure: raise `ConvergenceError`, which holds the solution, if any sample failed.
@@ -155,6 +155,7 @@ def iterate(
     residuals: list[Tensor] = []
     calls = rows_evaluated = 0
     evaluations = options.max_steps + (options.final == "best")
+    unused = True  # the last evaluation, by a solver step
 
     with autocast.suspended():
         memory: Any = solver.init(z, layout) if batch else None
@@ -166,8 +167,8 @@ def iterate(
                 layout.check(state, z.shape[0])
             if _changed(z, version):
                 raise ValueError(
-                    "f changed its argument z in place, which would make every residual zero; let "
-                    "it work on a copy (avoid z += ..., z.relu_() and the like)"
+                    "f changed its argument z in place, or returned a buffer that its next call "
+                    "writes over; let it work on a copy (avoid z += ..., z.relu_() and the like)"
                 )
             calls += 1
             rows_evaluated += z.shape[0]
@@ -206,6 +207,10 @@ def iterate(
             if layout.rounds:
                 # What f will see, so that the residual belongs to the state that is returned.
                 z = layout.flatten(layout.unflatten(z))
+        else:
+            unused = False  # every evaluation was followed by a step (final="last")
+        if keep_memory and unused:
+            solver.step(memory, z, fz, g)  # what the last evaluation taught belongs to it too
     autocast.forget_weights()
     last = z if options.final == "last" and batch else None
     solution = progress.solution(layout, last, calls, rows_evaluated, residuals if trace else None)

@@ -38,6 +38,7 @@ class Progress:
         self.status = torch.full((batch,), _RUNNING, dtype=torch.int8, device=z.device)
         self.best_z = z
         self.best_residual = z.new_full((batch,), torch.inf)
+        self._best_size = z.new_full((batch,), torch.inf)  # its ||f(z) - z||
         self.best_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
         self.evaluations = torch.zeros(batch, dtype=torch.int64, device=z.device)
         self._mark = z.new_full(
@@ -56,11 +57,16 @@ class Progress:
             self._first = size
         running = self._measured = self.running
         finite = size < torch.inf  # false for NaN too
-        better = running & (residual < self.best_residual)
+        # The size decides, not the relative residual: where f blows up, the latter falls.
+        better = size < self._best_size
+        if self.options.tol is not None:
+            better = better | (residual <= self.options.tol)
+        better = better & running
         if not z.is_cuda and not torch.compiler.is_compiling() and bool(better.all()):
             self.best_z = z  # no copy is needed, and here the host can look for free
         else:
             self.best_z = torch.where(better.unsqueeze(1), z, self.best_z)
+        self._best_size = torch.where(better, size, self._best_size)
         self.best_residual = torch.where(better, residual, self.best_residual)
         self.best_step = torch.where(better, step, self.best_step)
         self.evaluations = self.evaluations + running

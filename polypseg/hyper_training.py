@@ -35,6 +35,7 @@ def fit_hyper(run: Run) -> None:
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def on_epoch(fitted: FitEpoch) -> None:
+        nonlocal started
         hyper.eval()
         fast = model.deq.with_solver(
             hyper, tol=None, max_steps=run.config.solve.hyper_steps, final="last"
@@ -43,11 +44,12 @@ def fit_hyper(run: Run) -> None:
         scores = run.validation.measure(model, run.device)
         model.deq = slow
         hyper.train()
+        seconds, started = time.perf_counter() - started, time.perf_counter()
         run.report(
             {
                 "phase": "hyper",
                 "epoch": fitted.epoch,
-                "seconds": time.perf_counter() - started,
+                "seconds": seconds,
                 "loss": fitted.loss,
                 "skipped": fitted.skipped,
                 "val_dice": scores["dice"],

@@ -192,6 +192,8 @@ def measure_distances(
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
         inputs, goal, _ = _target(deq, inputs, teacher or Anderson(memory=10), options)
+        if len(goal) == 0:
+            continue
         with torch.no_grad():
             path, _ = _unroll(solver, deq, inputs, goal, steps)
         distances.append(path.mean(1))

@@ -16,7 +16,7 @@ class _BroydenMemory(Memory):
     u: History
     v: History
     length: Tensor  # (B,) newest rank-one terms that are in use, shorter after a reset
-    last: tuple[Tensor, Tensor] | None = None  # the last step, and H g with the H that made it
+    last: tuple[Tensor, Tensor] | None = None  # z of the last step, and H g with the H that made it
 
     def take(self, rows: Tensor) -> None:
         super().take(rows)
@@ -57,11 +57,10 @@ class Broyden(Solver):
     def step(self, memory: _BroydenMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         hg = self._apply(memory.u, memory.v, memory.length, g)
         if memory.last is not None:
-            step, last_hg = memory.last
-            hg = self._update(memory, step, g, hg, hg - last_hg)
-        step = hg * -self.damping
-        memory.last = step, hg
-        return z + step
+            last_z, last_hg = memory.last
+            hg = self._update(memory, z - last_z, g, hg, hg - last_hg)
+        memory.last = z, hg
+        return z.add(hg, alpha=-self.damping)
 
     def _update(
         self, memory: _BroydenMemory, step: Tensor, g: Tensor, hg: Tensor, h_change: Tensor
@@ -79,8 +78,8 @@ class Broyden(Solver):
         inverse = torch.where(usable, 1 / denominator, 0.0)
         u = (step - h_change).mul_(inverse)
         full = (memory.length == self.memory) | ~usable.squeeze(1)
-        # Where g did not change at all the loop holds a decided sample; its H stays as it is.
-        held = (h_change == 0).all(1)
+        # A sample that did not move is one that the loop holds, decided; its H stays as it is.
+        held = (step == 0).all(1)
         full = full & ~held
         memory.u.push(u)
         memory.v.push(torch.where(held.unsqueeze(1), 0.0, v))

@@ -99,11 +99,11 @@ def test_the_best_measured_iterate_is_returned(solver: Solver) -> None:
         max_steps=9,
         callback=lambda info: measured.append((info.z.clone(), info.residual.clone())),
     )
-    residuals = torch.stack([residual for _, residual in measured])
-    best = residuals.argmin(0)
+    sizes = torch.stack([(problem.f(z, *problem.inputs) - z).norm(dim=1) for z, _ in measured])
+    best = sizes.argmin(0)
     assert torch.equal(solution.steps, best)
-    assert torch.equal(solution.residual, residuals.min(0).values)
     for row, step in enumerate(best.tolist()):
+        assert solution.residual[row] == measured[step][1][row]
         assert torch.equal(solution.z[row], measured[step][0][row])
 
 
@@ -269,6 +269,15 @@ def test_the_solution_does_not_share_memory_with_the_initial_state() -> None:
     solution = fixed_point(problem.f, z0, problem.inputs, tol=1e-6)
     z0.zero_()
     torch.testing.assert_close(solution.z, problem.solution)
+
+
+def test_a_diverging_sample_does_not_return_its_farthest_iterate() -> None:
+    """Its relative residual falls towards 1 - 1/rate while it runs away."""
+    solution = fixed_point(
+        lambda z: 2 * z + 1, torch.zeros(1, 3), solver=Picard(), tol=1e-6, max_steps=60
+    )
+    assert solution.statuses() == [Status.DIVERGED]
+    assert torch.equal(solution.z, torch.zeros(1, 3))
 
 
 def test_gradients_stay_out_of_the_solve() -> None:

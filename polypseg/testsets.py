@@ -62,7 +62,11 @@ def audit_test_sets(sets: Mapping[str, Sequence[Pair]]) -> None:
     """
     pairs = [pair for found in sets.values() for pair in found]
     with tqdm(total=len(pairs), desc="checking", unit="pair", leave=False, disable=None) as bar:
-        faults = audit_pairs(pairs, lambda done, _: bar.update(done - bar.n))
+
+        def progress(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
+        faults = audit_pairs(pairs, progress)
     errors = [fault for fault in faults if fault.severity == "error"]
     if errors:
         raise DataError(errors)

@@ -159,6 +159,7 @@ def iterate(
 
     with autocast.suspended():
         memory: Any = solver.init(z, layout) if batch else None
+        buffers = _buffers(z)
         for step in range(evaluations if batch else 0):
             version = _version(z, first=calls == 0)
             with autocast.restored():
@@ -179,13 +180,15 @@ def iterate(
                     f"{batch}. It may use a tensor of the whole batch: pass that through inputs, "
                     "so that its samples leave with the others, or set drop_converged=False"
                 )
-            g = fz - z
+            g = torch.sub(fz, z, out=buffers[step % 2])
             residual = progress.measure(step, z, fz, g)
             if trace:
                 residuals.append(progress.spread(residual))
             if callback is not None:
                 callback(StepInfo(step, layout.unflatten(z), residual, progress.rows, memory))
-            running = mask.read(progress.running) if early else None
+            running = None
+            if early and not progress.all_running:
+                running = mask.read(progress.running)
             if running is not None:
                 if not running.any():
                     break
@@ -195,6 +198,7 @@ def iterate(
                     progress.take(rows)
                     memory.take(rows)
                     z, fz, g = z[rows], fz[rows], g[rows]
+                    buffers = _buffers(z)
                     inputs = map_rows(partial(_select, rows=rows), inputs, left)
                     mask.reset()
                     running = None
@@ -234,6 +238,13 @@ def _changed(z: Tensor, version: int | Tensor | None) -> bool:
     if isinstance(version, Tensor):
         return not torch.equal(z, version)
     return z._version != version
+
+
+def _buffers(z: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Two places for residuals, used in turn, because solvers look at the last two."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None, None
+    return torch.empty_like(z), torch.empty_like(z)
 
 
 def _select(leaf: Tensor, rows: Tensor) -> Tensor:

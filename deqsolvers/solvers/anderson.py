@@ -11,6 +11,8 @@ from torch import Tensor
 from deqsolvers.solvers.base import History, Memory, Solver, check_count, check_fraction
 from deqsolvers.state import Layout
 
+_TINY = torch.finfo(torch.float64).tiny
+
 
 @dataclass
 class _AndersonMemory(Memory):
@@ -18,7 +20,9 @@ class _AndersonMemory(Memory):
     dg: History  # differences of successive residuals
     gram: Tensor  # (B, memory, memory) float64, inner products of the columns of dg
     products: Tensor  # (B, memory) float64, columns of dg times the current residual
-    length: Tensor  # (B,) newest columns that are in use, shorter after a restart
+    # (B,) how many of the newest columns are in use, fewer after a restart. None on a CPU until the
+    # first restart: all of them, which saves masks.
+    length: Tensor | None
     smallest: Tensor  # (B,) smallest ||g|| since the history began
     fz: Tensor | None = None
     g: Tensor | None = None
@@ -69,12 +73,13 @@ class Anderson(Solver):
 
     def init(self, z: Tensor, layout: Layout) -> _AndersonMemory:
         batch = z.shape[0]
+        masks = z.is_cuda or torch.compiler.is_compiling()
         return _AndersonMemory(
             df=History(self.memory, z),
             dg=History(self.memory, z),
             gram=z.new_zeros(batch, self.memory, self.memory, dtype=torch.float64),
             products=z.new_zeros(batch, self.memory, dtype=torch.float64),
-            length=torch.zeros(batch, dtype=torch.int64, device=z.device),
+            length=torch.zeros(batch, dtype=torch.int64, device=z.device) if masks else None,
             smallest=z.new_full((batch,), torch.inf),
         )
 
@@ -84,51 +89,55 @@ class Anderson(Solver):
             if math.isfinite(self.safeguard):
                 memory.smallest = torch.linalg.vector_norm(g.detach(), dim=1)
             return fz if self.damping == 1 else z.add(g, alpha=self.damping)
-        slot = memory.dg.slot
-        memory.df.push(fz - memory.fz)
-        newest = g - memory.g
-        memory.dg.push(newest)
+        memory.df.push_difference(fz, memory.fz)
+        memory.dg.push_difference(g, memory.g)
         memory.fz, memory.g = fz, g
-        self._update_gram(memory, slot, newest, g)
+        self._update_gram(memory, g)
         gamma = self._weights(memory, g)
-        mixed = fz - memory.df.combine(gamma)
+        mixed = memory.df.subtract_from(fz, gamma)
         if self.damping == 1:
             return mixed
-        return mixed.sub_(g - memory.dg.combine(gamma), alpha=1 - self.damping)
+        return mixed.sub(memory.dg.subtract_from(g, gamma), alpha=1 - self.damping)
 
-    def _update_gram(self, memory: _AndersonMemory, slot: int, newest: Tensor, g: Tensor) -> None:
+    def _update_gram(self, memory: _AndersonMemory, g: Tensor) -> None:
         # One pass over the history gives dG g. The new Gram row dG (g - g_previous) is the change
         # of that product, which saves the second pass and keeps its relative accuracy.
-        filled = memory.dg.filled
-        products = memory.products.clone()
-        products[:, :filled] = memory.dg.dot(g).double()
+        slot, filled = memory.dg.newest, memory.dg.filled
+        products = torch.zeros_like(memory.products)
+        products[:, :filled] = memory.dg.dot(g)
         row = products - memory.products
-        row[:, slot] = torch.linalg.vecdot(newest, newest).double()
-        gram = memory.gram.clone()
-        gram[:, slot, :] = row
+        newest = memory.dg.buffer[:, slot]
+        row[:, slot] = torch.linalg.vecdot(newest, newest)
+        # Autograd may have saved the matrix of the step before.
+        gram = memory.gram.clone() if torch.is_grad_enabled() else memory.gram
+        gram[:, slot] = row
         gram[:, :, slot] = row
         memory.products, memory.gram = products, gram
 
     def _weights(self, memory: _AndersonMemory, g: Tensor) -> Tensor:
         filled = memory.dg.filled
-        memory.length = (memory.length + 1).clamp_max(self.memory)
-        used = memory.dg.ages() < memory.length.unsqueeze(1)
         gram = memory.gram[:, :filled, :filled]
-        squares = gram.diagonal(dim1=1, dim2=2)
-        valid = used & (squares > 0)
-        # The inner where keeps a derivative of the root at zero out of recorded solves.
-        inverse = torch.where(valid, torch.where(valid, squares, 1.0).rsqrt(), 0.0)
+        inverse = gram.diagonal(dim1=1, dim2=2).clamp_min(_TINY).rsqrt()
+        if memory.length is not None:
+            memory.length = (memory.length + 1).clamp_max(self.memory)
+            used = memory.dg.ages() < memory.length.unsqueeze(1)
+            inverse = torch.where(used, inverse, 0.0)
         ridge = self.regularization
         if ridge is None:
             ridge = 10 * torch.finfo(g.dtype).eps
-        # Unused columns become rows of the identity with a zero right-hand side.
+        # A column that is unused or zero has a zero right-hand side; the ridge alone is its pivot.
         system = gram * inverse.unsqueeze(1) * inverse.unsqueeze(2)
-        system.diagonal(dim1=1, dim2=2).copy_(torch.where(inverse > 0, 1 + ridge, 1.0))
+        system.diagonal(dim1=1, dim2=2).add_(max(ridge, _TINY))
         factor, info = torch.linalg.cholesky_ex(system)
         right = memory.products[:, :filled] * inverse
         gamma = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2) * inverse
-        singular = (info != 0) | ~torch.isfinite(gamma).all(1)
-        restart = singular if math.isinf(self.safeguard) else singular | self._grown(memory, g)
+        restart = (info != 0) | ~torch.isfinite(gamma).all(1)
+        if math.isfinite(self.safeguard):
+            restart = restart | self._grown(memory, g)
+        if memory.length is None:
+            if not bool(restart.any()):  # the host can look for free here
+                return gamma.to(g.dtype)
+            memory.length = torch.full_like(restart, filled, dtype=torch.int64)
         memory.length = torch.where(restart, 0, memory.length)
         return torch.where(restart.unsqueeze(1), 0.0, gamma).to(g.dtype)
 

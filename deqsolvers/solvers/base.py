@@ -31,7 +31,8 @@ class Solver(ABC):
 
     A solver knows nothing of stopping, statuses or autograd: `deqsolvers.fixed_point` owns those.
     To add a method, write these two functions; they see (B, features) matrices and must treat every
-    row on its own. They must not write into their arguments.
+    row on its own. They must not write into their arguments, and may keep ``g`` for one more step
+    only, because its memory is used again.
     """
 
     @abstractmethod
@@ -55,7 +56,7 @@ class History:
     otherwise it writes in place.
     """
 
-    # Below this width one batched product beats a loop of matrix-vector products over the samples.
+    # From this width on a loop of matrix-vector products over the samples beats a batched product.
     _WIDE = 8192
 
     def __init__(self, size: int, like: Tensor):
@@ -73,6 +74,11 @@ class History:
         """The slot that the next push writes."""
         return self.pushed % self.size
 
+    @property
+    def newest(self) -> int:
+        """The slot that the last push wrote."""
+        return (self.pushed - 1) % self.size
+
     def ages(self) -> Tensor:
         """(filled,) how many pushes ago each slot was written, 0 for the newest."""
         slots = torch.arange(self.filled, device=self.buffer.device)
@@ -80,31 +86,57 @@ class History:
 
     def push(self, value: Tensor) -> None:
         """Write ``value`` over the oldest entry."""
-        slot = self.slot
         if torch.is_grad_enabled():
             entries = list(self.buffer[:, : self.filled].unbind(1))
-            entries[slot : slot + 1] = [value]
+            entries[self.slot : self.slot + 1] = [value]
             self.buffer = torch.stack(entries, dim=1)
         else:
-            self.buffer[:, slot].copy_(value)
+            self.buffer[:, self.slot].copy_(value)
         self.pushed += 1
+
+    def push_difference(self, new: Tensor, old: Tensor) -> None:
+        """Write ``new - old`` over the oldest entry, without a temporary."""
+        if torch.is_grad_enabled():
+            self.push(new - old)
+        else:
+            torch.sub(new, old, out=self.buffer[:, self.slot])
+            self.pushed += 1
 
     def dot(self, x: Tensor) -> Tensor:
         """(B, filled) inner products of every entry with ``x`` (B, features)."""
         buffer = self.buffer[:, : self.filled]
+        if self._by_rows(x):
+            products = x.new_empty(buffer.shape[:2])
+            for row in range(len(x)):
+                torch.mv(buffer[row], x[row], out=products[row])
+            return products
         if x.is_cuda:
             return torch.bmm(buffer, x.unsqueeze(-1)).squeeze(-1)
-        if x.shape[1] >= self._WIDE:  # bmm leaves most of a CPU's memory bandwidth unused here
-            return torch.stack([torch.mv(a, b) for a, b in zip(buffer, x, strict=True)])
         return (buffer * x.unsqueeze(1)).sum(-1)
 
     def combine(self, weights: Tensor) -> Tensor:
         """(B, features) sum of the entries weighted by ``weights`` (B, filled)."""
         buffer = self.buffer[:, : self.filled]
-        if not weights.is_cuda and buffer.shape[-1] >= self._WIDE:
-            rows = zip(buffer, weights, strict=True)
-            return torch.stack([torch.mv(a.t(), b) for a, b in rows])
+        if self._by_rows(self.buffer):
+            total = buffer.new_empty(len(buffer), buffer.shape[2])
+            for row in range(len(buffer)):
+                torch.mv(buffer[row].t(), weights[row], out=total[row])
+            return total
         return torch.bmm(weights.unsqueeze(1), buffer).squeeze(1)
+
+    def subtract_from(self, x: Tensor, weights: Tensor) -> Tensor:
+        """``x`` (B, features) less the entries weighted by ``weights`` (B, filled); a new tensor."""
+        buffer = self.buffer[:, : self.filled]
+        if self._by_rows(x):
+            difference = torch.empty_like(x)
+            for row in range(len(x)):
+                torch.addmv(x[row], buffer[row].t(), weights[row], alpha=-1, out=difference[row])
+            return difference
+        return torch.baddbmm(x.unsqueeze(1), weights.unsqueeze(1), buffer, alpha=-1).squeeze(1)
+
+    def _by_rows(self, x: Tensor) -> bool:
+        # On a CPU one batched product of long rows leaves most of the memory bandwidth unused.
+        return not x.is_cuda and x.shape[-1] >= self._WIDE and not torch.is_grad_enabled()
 
     def take(self, rows: Tensor) -> None:
         """Keep only these samples."""

@@ -125,7 +125,7 @@ class History:
         return torch.bmm(weights.unsqueeze(1), buffer).squeeze(1)
 
     def subtract_from(self, x: Tensor, weights: Tensor) -> Tensor:
-        """``x`` (B, features) less the entries weighted by ``weights`` (B, filled); a new tensor."""
+        """A new tensor: ``x`` (B, features) less the entries times ``weights`` (B, filled)."""
         buffer = self.buffer[:, : self.filled]
         if self._by_rows(x):
             difference = torch.empty_like(x)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from polypseg.data import DataError, Fault, Pair, audit_pairs, find_pairs, test_folders
+from polypseg.data import DataError, Fault, Pair, audit_pairs, scan_pairs, test_folders
 
 PRINTED_WARNINGS = 10
 # Said beside every figure on the test folder of that name.
@@ -43,15 +43,14 @@ def find_test_sets(data: Sequence[Path]) -> dict[str, list[Pair]]:
                 problem = f"has the same name as {folders[name]}"
                 faults.append(Fault(folder, problem, "give one of them, or rename one"))
             folders[name] = folder
-    sets: dict[str, list[Pair]] = {}
-    for name, folder in folders.items():
-        try:
-            sets[name] = find_pairs(folder)
-        except DataError as error:
-            faults.extend(error.faults)
+    scanned = {name: scan_pairs(folder) for name, folder in folders.items()}
+    faults += [fault for _, found in scanned.values() for fault in found]
     if faults:
+        # Whoever has to repair the data wants to know all of it.
+        for pairs, _ in scanned.values():
+            faults += [fault for fault in audit_pairs(pairs) if fault.severity == "error"]
         raise DataError(faults)
-    return sets
+    return {name: pairs for name, (pairs, _) in scanned.items()}
 
 
 def audit_test_sets(sets: Mapping[str, Sequence[Pair]]) -> None:

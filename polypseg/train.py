@@ -8,17 +8,28 @@ from pathlib import Path
 
 import torch
 
-from polypseg.checkpoint import write_atomic
+from polypseg.checkpoint import CheckpointError, write_atomic
 from polypseg.config import Config, ConfigError, load_config, make_config
-from polypseg.data import DataError, Pair, audit_pairs, make_synthetic, split_for
+from polypseg.data import (
+    DataError,
+    Pair,
+    audit_folder,
+    make_synthetic,
+    split_for,
+    training_folder,
+)
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
 from polypseg.models import build_model, load_encoder_weights
 from polypseg.network_training import train_explicit, train_implicit
 from polypseg.runs import ResultsCsv, setup_log, versions
-from polypseg.testsets import find_test_sets
+from polypseg.testsets import audit_test_sets, find_test_sets
 from polypseg.training_run import FIELDS, PHASES, Run
 from polypseg.validation import Validation
+
+
+class InputError(ValueError):
+    """Several inputs cannot be used; the message names all that is wrong with them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,11 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     folder: Path = arguments.run
     config = _config(arguments)
     data = _data(arguments)
+    # Whatever is wrong is an error before anything is written.
+    _refuse_bad_input(data, arguments.encoder_weights, config, tested=arguments.evaluate)
     split = split_for(data, config.seed)
-    _refuse_bad_files([*split.train, *split.val])
-    if arguments.encoder_weights is not None:
-        # A wrong file is an error before anything is written.
-        load_encoder_weights(build_model(config.model).encoder, arguments.encoder_weights)
 
     folder.mkdir(parents=True, exist_ok=True)
     log = setup_log(folder / "train.log")
@@ -105,10 +114,26 @@ def _data(arguments: argparse.Namespace) -> Path:
     return data
 
 
-def _refuse_bad_files(pairs: list[Pair]) -> None:
-    faults = [fault for fault in audit_pairs(pairs) if fault.severity == "error"]
+def _refuse_bad_input(data: Path, weights: Path | None, config: Config, tested: bool) -> None:
+    """Check images, masks and encoder weights, and report the faults of all of them together."""
+    errors: list[Exception] = []
+    faults = [fault for fault in audit_folder(training_folder(data)) if fault.severity == "error"]
     if faults:
-        raise DataError(faults)
+        errors.append(DataError(faults))
+    try:
+        if tested and (data / "TestDataset").is_dir():
+            audit_test_sets(find_test_sets([data]))
+    except DataError as error:
+        errors.append(error)
+    try:
+        if weights is not None:
+            load_encoder_weights(build_model(config.model).encoder, weights)
+    except CheckpointError as error:
+        errors.append(error)
+    if len(errors) > 1:
+        raise InputError("\n".join(map(str, errors)))
+    if errors:
+        raise errors[0]
 
 
 def _parser() -> argparse.ArgumentParser:

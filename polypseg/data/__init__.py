@@ -1,11 +1,18 @@
 """Polyp images on disk and in memory: folders, splits, audit, data set, synthetic images."""
 
-from polypseg.data.audit import audit_pairs
+from polypseg.data.audit import audit_folder, audit_pairs
 from polypseg.data.dataset import PolypDataset, batches
 from polypseg.data.faults import DataError, Fault
-from polypseg.data.folders import Pair, find_pairs, list_images
+from polypseg.data.folders import Pair, find_pairs, list_images, scan_pairs
 from polypseg.data.reading import read_image, read_mask, read_pair
-from polypseg.data.splits import Split, published_split, random_split, split_for, test_folders
+from polypseg.data.splits import (
+    Split,
+    published_split,
+    random_split,
+    split_for,
+    test_folders,
+    training_folder,
+)
 from polypseg.data.synthetic import make_synthetic
 from polypseg.data.tensors import normalize, resize_image, resize_mask, to_tensor
 
@@ -15,6 +22,7 @@ __all__ = [
     "Pair",
     "PolypDataset",
     "Split",
+    "audit_folder",
     "audit_pairs",
     "batches",
     "find_pairs",
@@ -28,7 +36,9 @@ __all__ = [
     "read_pair",
     "resize_image",
     "resize_mask",
+    "scan_pairs",
     "split_for",
     "test_folders",
     "to_tensor",
+    "training_folder",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from polypseg.data.faults import DataError, Fault
-from polypseg.data.folders import Pair
+from polypseg.data.folders import Pair, scan_pairs
 from polypseg.data.reading import binarize, read_grey_mask, read_image, size_fault
 
 AUDIT_THREADS = 4
@@ -18,6 +18,12 @@ AUDIT_THREADS = 4
 # no such noise.
 NOISE = 32
 GREY_FRACTION = 0.05
+
+
+def audit_folder(root: Path) -> list[Fault]:
+    """All that is wrong with a folder: what cannot be paired, and `audit_pairs` of the rest."""
+    pairs, faults = scan_pairs(root)
+    return [*faults, *audit_pairs(pairs)]
 
 
 def audit_pairs(

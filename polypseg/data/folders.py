@@ -44,9 +44,20 @@ def find_pairs(root: Path) -> list[Pair]:
         DataError: a folder is missing, doubled or empty, an image has no mask, a mask has no image,
             or two files share one stem. All faults are reported together.
     """
+    pairs, faults = scan_pairs(root)
+    if faults:
+        raise DataError(faults)
+    return pairs
+
+
+def scan_pairs(root: Path) -> tuple[list[Pair], list[Fault]]:
+    """The pairs of a folder, as `find_pairs`, and all that keeps other files from being paired."""
     root = Path(root)
-    images_dir, masks_dir = pair_folders(root)
     faults: list[Fault] = []
+    try:
+        images_dir, masks_dir = pair_folders(root)
+    except DataError as error:
+        return [], error.faults
     images = _by_stem(images_dir, faults)
     masks = _by_stem(masks_dir, faults)
     for stem in sorted(images.keys() - masks.keys(), key=natural_key):
@@ -65,9 +76,8 @@ def find_pairs(root: Path) -> list[Pair]:
                 f"add {images_dir.name}/{stem}.jpg or remove the mask",
             )
         )
-    if faults:
-        raise DataError(faults)
-    return [Pair(stem, images[stem][0], masks[stem][0]) for stem in sorted(images, key=natural_key)]
+    paired = sorted(images.keys() & masks.keys(), key=natural_key)
+    return [Pair(stem, images[stem][0], masks[stem][0]) for stem in paired], faults
 
 
 def pair_folders(root: Path) -> tuple[Path, Path]:

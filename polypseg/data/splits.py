@@ -54,12 +54,16 @@ def split_for(root: Path, seed: int = 0) -> Split:
     Raises:
         DataError: as `find_pairs`.
     """
-    root = Path(root)
-    nested = root / "TrainDataset"
-    pairs = find_pairs(nested if nested.is_dir() else root)
+    pairs = find_pairs(training_folder(root))
     if _digest([pair.stem for pair in pairs]) == TRAIN_DIGEST:
         return published_split(pairs)
     return random_split(pairs, RANDOM_FRACTION, seed)
+
+
+def training_folder(root: Path) -> Path:
+    """The folder of a data root that holds the training images and masks."""
+    nested = Path(root) / "TrainDataset"
+    return nested if nested.is_dir() else Path(root)
 
 
 def published_split(train_pairs: Sequence[Pair]) -> Split:

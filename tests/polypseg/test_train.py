@@ -15,7 +15,7 @@ from polypseg.config import ConfigError
 from polypseg.data import DataError, list_images, make_synthetic, read_image
 from polypseg.predictor import Predictor
 from polypseg.schedule import learning_rate, rescale
-from polypseg.train import main
+from polypseg.train import InputError, main
 
 TINY = [
     "data.size=64",
@@ -141,8 +141,12 @@ def test_bad_data_is_named_all_at_once_and_nothing_is_written(data: Path, tmp_pa
     assert images[0].name in str(caught.value)
     assert images[1].stem in str(caught.value)
     (bad / "masks" / f"{images[2].stem}.png").unlink()
-    with pytest.raises(DataError, match=images[2].stem):
-        main([str(tmp_path / "run"), "--data", str(bad)])
+    (tmp_path / "w.safetensors").write_bytes(b"nonsense")
+    weights = ["--encoder-weights", str(tmp_path / "w.safetensors")]
+    with pytest.raises(InputError) as both:
+        main([str(tmp_path / "run"), "--data", str(bad), *weights])
+    for named in (images[0].name, images[1].stem, images[2].stem, "w.safetensors"):
+        assert named in str(both.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty"):
         main([str(tmp_path / "run"), "--data", str(tmp_path / "empty")])

@@ -61,7 +61,7 @@ def predict_files(
     rows = []
     for file in tqdm(files, desc="predicting", unit="image", disable=None):
         image = read_image(file)
-        result = predictor.predict(image)
+        result = predictor.predict(image, measure=True)
         mask = result.mask
         white = mask.astype(np.uint8) * np.uint8(255)
         write_atomic(out / "masks" / f"{file.stem}.png", encode(white, "PNG"))

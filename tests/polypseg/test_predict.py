@@ -42,6 +42,16 @@ def digests(folder: Path) -> dict[Path, str]:
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def test_the_residual_of_a_hypersolver_is_measured(tiny_run, images, tmp_path):
+    """Its fixed number of steps leaves it unknown, and the table is there to tell."""
+    out = tmp_path / "out"
+    assert cli.predict([str(images), "--run", str(tiny_run), "--out", str(out)]) == 0
+    for row in read_csv(out / "predictions.csv"):
+        assert row["status"] == "FIXED_STEPS"
+        assert 0 < float(row["residual"]) < 1
+        assert int(row["evaluations"]) == int(row["steps"])
+
+
 def test_masks_overlays_and_the_table_agree(tiny_run, images, tmp_path, capsys):
     before = digests(images)
     out = tmp_path / "out"

@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from deqsolvers.backward import Backward, get_backward
 from deqsolvers.dropout import hold_masks
-from deqsolvers.fixed_point import Options, iterate
+from deqsolvers.fixed_point import iterate
 from deqsolvers.normalization import cached_weights
+from deqsolvers.options import Options
 from deqsolvers.precision import widen
 from deqsolvers.solution import ConvergenceError, Solution
 from deqsolvers.solvers import Anderson, Solver

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deqsolvers.options import Options
 from deqsolvers.precision import Autocast, warn_below_floor, widen
 from deqsolvers.progress import HostMask, Progress
 from deqsolvers.solution import ConvergenceError, Solution
 from deqsolvers.solvers import Anderson, Solver
-from deqsolvers.solvers.base import check_count, check_solver
+from deqsolvers.solvers.base import check_solver
 from deqsolvers.state import Layout, map_rows
 
 # Dropping decided samples copies the solver's memory; it pays once this share of the batch is gone.
@@ -38,26 +39,6 @@ class StepInfo:
     residual: Tensor
     rows: Tensor
     memory: Any
-
-
-@dataclass(frozen=True)
-class Options:
-    """When a solve stops and what it returns; see `fixed_point` for each field."""
-
-    tol: float | None = 1e-4
-    max_steps: int = 50
-    relative: bool = True
-    final: Literal["best", "last"] = "best"
-    stall_after: int = 30
-    drop_converged: bool = True
-
-    def __post_init__(self) -> None:
-        check_count("max_steps", self.max_steps)
-        check_count("stall_after", self.stall_after)
-        if self.tol is not None and not (isinstance(self.tol, (int, float)) and self.tol >= 0):
-            raise ValueError(f"tol must be None or a number of at least 0, got {self.tol!r}")
-        if self.final not in ("best", "last"):
-            raise ValueError(f"final must be 'best' or 'last', got {self.final!r}")
 
 
 def fixed_point(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from deqsolvers.options import Options
 from deqsolvers.solution import Solution, Status
 from deqsolvers.state import Layout
-
-if TYPE_CHECKING:
-    from deqsolvers.fixed_point import Options
 
 _RUNNING = 100  # no status yet
 _STALL_FACTOR = 0.99  # a smaller fall of the best residual does not count as progress

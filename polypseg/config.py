@@ -11,6 +11,12 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from deqsolvers.backward import BACKWARDS
+
+MODELS = ("polypdeq-add", "polypdeq-res")
+ENCODERS = ("b0", "b1", "b2", "b3", "b4", "b5")
+CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
+
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type or out of range."""
@@ -198,9 +204,6 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def _out_of_range(config: Config) -> list[str]:
-    from deqsolvers.backward import BACKWARDS
-    from polypseg.models import CLASSIC_SOLVERS, ENCODERS, MODELS
-
     faults = []
 
     def check(fine: bool, name: str, value: Any, wanted: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqsolvers.fixed_point import Options, iterate
+from deqsolvers.fixed_point import iterate
+from deqsolvers.options import Options
 from deqsolvers.solution import Solution
 from deqsolvers.solvers import Solver
 from deqsolvers.state import Layout

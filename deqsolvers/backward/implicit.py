@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from deqsolvers.backward.base import Backward
-from deqsolvers.fixed_point import Options, iterate
+from deqsolvers.fixed_point import iterate
+from deqsolvers.options import Options
 from deqsolvers.solution import ConvergenceWarning, Solution
 from deqsolvers.solvers import Anderson, Solver
 from deqsolvers.state import Layout

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deqsolvers.backward.base import Backward, on_matrices
-from deqsolvers.fixed_point import Options, iterate
+from deqsolvers.fixed_point import iterate
+from deqsolvers.options import Options
 from deqsolvers.solution import Solution
 from deqsolvers.solvers import Broyden, Solver
 from deqsolvers.state import Layout

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deqsolvers.deq import DEQ
-from deqsolvers.fixed_point import Options, StepInfo, iterate
+from deqsolvers.fixed_point import StepInfo, iterate
+from deqsolvers.options import Options
 from deqsolvers.solvers import Anderson, Solver
 from deqsolvers.solvers.base import check_count
 from deqsolvers.solvers.hyper import HyperSolver

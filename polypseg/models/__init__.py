@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from deqsolvers import Anderson, Broyden, HyperSolver, Picard, Solver
-from polypseg.config import HyperConfig, ModelConfig
-from polypseg.models.mit import ENCODERS, MixTransformer, load_encoder_weights
-from polypseg.models.polypdeq import INJECTIONS, PolypDEQ, Prediction
-
-MODELS = tuple(f"polypdeq-{injection}" for injection in INJECTIONS)
-CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
+from polypseg.config import CLASSIC_SOLVERS, MODELS, HyperConfig, ModelConfig
+from polypseg.models.mit import MixTransformer, load_encoder_weights
+from polypseg.models.polypdeq import PolypDEQ, Prediction
 
 
 def build_model(config: ModelConfig) -> PolypDEQ:
@@ -43,9 +40,6 @@ def build_hypersolver(model: PolypDEQ, config: HyperConfig) -> HyperSolver:
 
 
 __all__ = [
-    "CLASSIC_SOLVERS",
-    "ENCODERS",
-    "MODELS",
     "MixTransformer",
     "PolypDEQ",
     "Prediction",

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from polypseg.checkpoint import CheckpointError, load_weights
+from polypseg.config import ENCODERS
 
 # timm's PVTv2 differs from MiT only in the width of the first two stages' MLPs.
 _MLP_RATIOS = (4, 4, 4, 4)
-ENCODERS = ("b0", "b1", "b2", "b3", "b4", "b5")
 
 
 class MixTransformer(nn.Module):

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from deqsolvers import Anderson, Implicit, fixed_point
 from polypseg.checkpoint import CheckpointError
-from polypseg.config import ModelConfig
-from polypseg.models import MODELS, MixTransformer, build_model, load_encoder_weights
+from polypseg.config import MODELS, ModelConfig
+from polypseg.models import MixTransformer, build_model, load_encoder_weights
 from polypseg.models.mit import _segformer_name, _timm_name
 
 

@@ -96,7 +96,7 @@ class History:
 
     def push_difference(self, new: Tensor, old: Tensor) -> None:
         """Write ``new - old`` over the oldest entry, without a temporary."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.push(new - old)
         else:
             torch.sub(new, old, out=self.buffer[:, self.slot])
@@ -136,7 +136,9 @@ class History:
 
     def _by_rows(self, x: Tensor) -> bool:
         # On a CPU one batched product of long rows leaves most of the memory bandwidth unused.
-        return not x.is_cuda and x.shape[-1] >= self._WIDE and not torch.is_grad_enabled()
+        if x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return x.shape[-1] >= self._WIDE
 
     def take(self, rows: Tensor) -> None:
         """Keep only these samples."""

@@ -107,7 +107,7 @@ class Anderson(Solver):
         products[:, :filled] = memory.dg.dot(g)
         row = products - memory.products
         newest = memory.dg.buffer[:, slot]
-        row[:, slot] = torch.linalg.vecdot(newest, newest)
+        row[:, slot] = torch.linalg.vector_norm(newest, dim=1).double().square()
         # Autograd may have saved the matrix of the step before.
         gram = memory.gram.clone() if torch.is_grad_enabled() else memory.gram
         gram[:, slot] = row

@@ -126,13 +126,20 @@ class History:
 
     def subtract_from(self, x: Tensor, weights: Tensor) -> Tensor:
         """A new tensor: ``x`` (B, features) less the entries times ``weights`` (B, filled)."""
+        return self._add(x, weights, -1)
+
+    def add_to(self, x: Tensor, weights: Tensor) -> Tensor:
+        """A new tensor: ``x`` (B, features) plus the entries times ``weights`` (B, filled)."""
+        return self._add(x, weights, 1)
+
+    def _add(self, x: Tensor, weights: Tensor, sign: int) -> Tensor:
         buffer = self.buffer[:, : self.filled]
         if self._by_rows(x):
             difference = torch.empty_like(x)
             for row in range(len(x)):
-                torch.addmv(x[row], buffer[row].t(), weights[row], alpha=-1, out=difference[row])
+                torch.addmv(x[row], buffer[row].t(), weights[row], alpha=sign, out=difference[row])
             return difference
-        return torch.baddbmm(x.unsqueeze(1), weights.unsqueeze(1), buffer, alpha=-1).squeeze(1)
+        return torch.baddbmm(x.unsqueeze(1), weights.unsqueeze(1), buffer, alpha=sign).squeeze(1)
 
     def _by_rows(self, x: Tensor) -> bool:
         # On a CPU one batched product of long rows leaves most of the memory bandwidth unused.

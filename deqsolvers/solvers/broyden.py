@@ -13,32 +13,34 @@ from deqsolvers.state import Layout
 
 @dataclass
 class _BroydenMemory(Memory):
-    u: History
-    v: History
-    length: Tensor  # (B,) newest rank-one terms that are in use, shorter after a reset
-    last: tuple[Tensor, Tensor] | None = None  # z of the last step, and H g with the H that made it
-
-    def take(self, rows: Tensor) -> None:
-        super().take(rows)
-        if self.last is not None:
-            self.last = self.last[0][rows], self.last[1][rows]
+    steps: History  # s_j = z_(j+1) - z_j
+    gram: Tensor  # (B, memory, memory) float64, inner products of the steps
+    # (B, memory, memory) float64, strictly lower triangular: s_i u_j for j < i, where the factor
+    # that step j + 1 added to H is I + u_j s_j^T; 0 for factors not in use.
+    lower: Tensor
+    p: Tensor  # (B, memory) float64, u_j = p_j s_(j+1) + q_j s_j; both 0 for factors not in use
+    q: Tensor
+    z: Tensor | None = None  # where the last step was taken from
 
 
 class Broyden(Solver):
     """Broyden's first method on ``g(z) = f(z) - z``, with an inverse Jacobian of limited rank.
 
-    The inverse is ``H = -I + sum_i u_i v_i^T`` and is updated by the Sherman-Morrison formula
-    (Broyden, 1965). At most ``memory`` rank-one terms are kept; when they are full the sample
-    starts again from -I. A sample whose update would divide by almost zero is reset in the same
-    way.
+    By the Sherman-Morrison formula every step multiplies the inverse by a rank-one factor made of
+    the last two steps, ``H <- (I + u s^T) H`` with ``u = (s_new - (1 - damping) s) / (s^T s)``,
+    starting from ``H = -I`` (Broyden 1965; the form without a second vector is Kelley's, "Iterative
+    methods for linear and nonlinear equations", 1995, section 7.3, here for damped steps too). So
+    one vector a step is kept, and with the Gram matrix of the steps ``H g`` takes one pass over
+    them for inner products and one to combine them.
+
+    When ``memory`` steps are kept the method starts again from -I. A sample whose update would
+    divide by almost zero does the same on its own.
 
     Args:
-        memory: how many rank-one terms are kept, at least 1.
+        memory: how many steps are kept, at least 1; with 1, or after a restart, the step is a plain
+            one.
         damping: fraction of the quasi-Newton step that is taken, in (0, 1].
     """
-
-    # An update is skipped where the secant denominator is this small against its factors.
-    _SINGULAR = 1e-10
 
     def __init__(self, memory: int = 20, damping: float = 1.0):
         self.memory = check_count("memory", memory)
@@ -48,54 +50,106 @@ class Broyden(Solver):
         return f"Broyden(memory={self.memory}, damping={self.damping})"
 
     def init(self, z: Tensor, layout: Layout) -> _BroydenMemory:
+        square = z.new_zeros(z.shape[0], self._slots, self._slots, dtype=torch.float64)
         return _BroydenMemory(
-            u=History(self.memory, z),
-            v=History(self.memory, z),
-            length=torch.zeros(z.shape[0], dtype=torch.int64, device=z.device),
+            steps=History(self._slots, z),
+            gram=square,
+            lower=square.clone(),
+            p=square[:, 0].clone(),
+            q=square[:, 0].clone(),
         )
 
+    @property
+    def _slots(self) -> int:
+        # A rank-one factor links two steps.
+        return self.memory + 1
+
     def step(self, memory: _BroydenMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        hg = self._apply(memory.u, memory.v, memory.length, g)
-        if memory.last is not None:
-            last_z, last_hg = memory.last
-            hg = self._update(memory, z - last_z, g, hg, hg - last_hg)
-        memory.last = z, hg
-        return z.add(hg, alpha=-self.damping)
+        moved = None if memory.z is None else (z != memory.z).any(1)
+        memory.z = z
+        if memory.steps.filled == self._slots:
+            # The last step goes too: H is -I again, and this step is the first of a new product.
+            self._clear(memory)
+        if memory.steps.filled == 0 or moved is None:
+            step = g * self.damping
+            products = step.new_zeros(len(step), 0, dtype=torch.float64)
+        else:
+            step, products = self._quasi_newton(memory, g, moved)
+        self._push(memory, step, products)
+        return z + step
 
-    def _update(
-        self, memory: _BroydenMemory, step: Tensor, g: Tensor, hg: Tensor, h_change: Tensor
-    ) -> Tensor:
-        """Add the rank-one term of the last step; returns H g with the new H.
+    def _clear(self, memory: _BroydenMemory) -> None:
+        memory.steps.pushed = 0
+        memory.gram, memory.lower = torch.zeros_like(memory.gram), torch.zeros_like(memory.lower)
+        memory.p, memory.q = torch.zeros_like(memory.p), torch.zeros_like(memory.q)
 
-        ``h_change`` is H times the change of g over that step, with the old H.
-        """
-        v = self._apply(memory.v, memory.u, memory.length, step)
-        denominator = torch.linalg.vecdot(step, h_change).unsqueeze(1)
-        size = (
-            torch.linalg.vector_norm(step, dim=1) * torch.linalg.vector_norm(h_change, dim=1)
-        ).unsqueeze(1)
-        usable = denominator.abs() > self._SINGULAR * size
-        inverse = torch.where(usable, 1 / denominator, 0.0)
-        u = (step - h_change).mul_(inverse)
-        full = (memory.length == self.memory) | ~usable.squeeze(1)
-        # A sample that did not move is one that the loop holds, decided; its H stays as it is.
-        held = (step == 0).all(1)
-        full = full & ~held
-        memory.u.push(u)
-        memory.v.push(torch.where(held.unsqueeze(1), 0.0, v))
-        memory.length = torch.where(full, 0, (memory.length + 1).clamp_max(self.memory))
-        updated = hg + u * torch.linalg.vecdot(v, g).unsqueeze(1)
-        # After a reset H is -I again, and the next difference must be taken with that H.
-        return torch.where(full.unsqueeze(1), -g, updated)
+    def _quasi_newton(
+        self, memory: _BroydenMemory, g: Tensor, moved: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The next step and its inner products with the steps that are kept (B, k)."""
+        k = memory.steps.filled
+        gram = memory.gram[:, :k, :k]
+        c = memory.steps.dot(g).double()
+        # H_before g = -(g + S a): the factors' inner products solve a triangular system.
+        t = torch.linalg.solve_triangular(
+            -memory.lower[:, :k, :k], c.unsqueeze(2), upper=False, unitriangular=True
+        ).squeeze(2)
+        a = memory.q[:, :k] * t
+        a = a + torch.nn.functional.pad((memory.p[:, :k] * t)[:, :-1], (1, 0))
+        length = gram[:, -1, -1]
+        change = -(c[:, -1] + (gram[:, -1] * a).sum(1))  # s^T H_before g
+        denominator = change + length / self.damping
+        # The inner products carry the rounding of the working precision.
+        rounding = 10 * torch.finfo(g.dtype).eps
+        usable = denominator.abs() > rounding * (change.abs() + length)
+        usable = usable & (length > 0)
+        # With y = H_before g the new H gives -H g = -(1 - sigma) y + (1 / damping - 1) sigma s.
+        sigma = torch.where(usable, change / torch.where(usable, denominator, 1.0), 0.0)
+        share = (1 - sigma).unsqueeze(1)
+        weights = share * a
+        weights[:, -1] += (1 / self.damping - 1) * sigma
+        # Where H cannot be updated it starts again from -I, and the step is a plain one.
+        reset = (~usable & moved).unsqueeze(1)
+        share = torch.where(reset, 1.0, share) * self.damping
+        weights = torch.where(reset, 0.0, weights) * self.damping
+        # A sample that did not move is held by the loop, decided: it keeps its H and stays.
+        held = ~moved.unsqueeze(1)
+        share, weights = torch.where(held, 0.0, share), torch.where(held, 0.0, weights)
+        self._add_factor(memory, k, usable & moved, reset, length)
+        step = memory.steps.add_to(g * share.to(g.dtype), weights.to(g.dtype))
+        return step, share * c + (gram * weights.unsqueeze(1)).sum(2)
+
+    def _add_factor(
+        self, memory: _BroydenMemory, k: int, usable: Tensor, reset: Tensor, length: Tensor
+    ) -> None:
+        inverse = torch.where(usable, 1 / torch.where(usable, length, 1.0), 0.0)
+        p, q = memory.p.clone(), memory.q.clone()
+        p[:, k - 1] = inverse
+        q[:, k - 1] = -(1 - self.damping) * inverse
+        memory.p, memory.q = torch.where(reset, 0.0, p), torch.where(reset, 0.0, q)
+        memory.lower = torch.where(reset.unsqueeze(2), 0.0, memory.lower)
+
+    def _push(self, memory: _BroydenMemory, step: Tensor, products: Tensor) -> None:
+        """Keep ``step``, whose inner products with the steps before it are known."""
+        k = products.shape[1]
+        memory.steps.push(step)
+        row = torch.zeros_like(memory.p)
+        row[:, :k] = products
+        row[:, k] = torch.linalg.vector_norm(step, dim=1).double().square()
+        gram, lower = memory.gram.clone(), memory.lower.clone()
+        gram[:, k] = row
+        gram[:, :, k] = row
+        # s_k u_j for all factors j < k, the one that this step completes among them.
+        lower[:, k, :k] = memory.p[:, :k] * row[:, 1 : k + 1] + memory.q[:, :k] * row[:, :k]
+        memory.gram, memory.lower = gram, lower
 
     def inverse_transposed(self, memory: _BroydenMemory, v: Tensor) -> Tensor:
         """``H^T v``, H the estimate of the inverse Jacobian of f(z) - z that ``memory`` holds."""
-        return self._apply(memory.v, memory.u, memory.length, v)
-
-    @staticmethod
-    def _apply(left: History, right: History, length: Tensor, x: Tensor) -> Tensor:
-        """``(-I + sum_i left_i right_i^T) x`` over the terms in use; swapped, the transpose."""
-        if left.filled == 0:
-            return -x
-        weights = torch.where(left.ages() < length.unsqueeze(1), right.dot(x), 0.0)
-        return left.combine(weights).sub_(x)
+        k = memory.steps.filled
+        e = memory.steps.dot(v).double()
+        p, q = memory.p[:, :k], memory.q[:, :k]
+        right = q * e + p * torch.nn.functional.pad(e[:, 1:], (0, 1))
+        r = torch.linalg.solve_triangular(
+            -memory.lower[:, :k, :k].mT, right.unsqueeze(2), upper=True, unitriangular=True
+        ).squeeze(2)
+        return -memory.steps.add_to(v, r.to(v.dtype))

@@ -140,15 +140,14 @@ def test_single_precision_costs_anderson_no_steps() -> None:
     assert counts[0] <= 1.2 * counts[1]
 
 
-def inverse_jacobians(memory: object, features: int) -> np.ndarray:
-    """H = -I + sum_i u_i v_i^T of every sample, from the terms that Broyden says are in use."""
-    u, v, length = memory.u, memory.v, memory.length  # type: ignore[attr-defined]
-    inverse = -torch.eye(features, dtype=u.buffer.dtype).repeat(len(length), 1, 1)
-    if u.filled:
-        used = (u.ages() < length.unsqueeze(1)).to(u.buffer.dtype)
-        left = u.buffer[:, : u.filled] * used.unsqueeze(2)
-        inverse = inverse + torch.einsum("bki,bkj->bij", left, v.buffer[:, : v.filled])
-    return inverse.numpy()
+def inverse_jacobians(method: Broyden, memory: object, batch: int, features: int) -> np.ndarray:
+    """H of every sample, a row at a time: row i is H^T applied to the i-th unit vector."""
+    units = torch.eye(features, dtype=torch.float64)
+    rows = [
+        method.inverse_transposed(memory, unit.expand(batch, -1))  # type: ignore[arg-type]
+        for unit in units
+    ]
+    return torch.stack(rows, dim=1).numpy()
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.7])
@@ -165,7 +164,7 @@ def test_broyden_keeps_the_secant_condition(problem: Problem, damping: float) ->
             fz = problem.f(z, *problem.inputs)
             g = fz - z
             following = method.step(memory, z, fz, g)
-            inverse = inverse_jacobians(memory, features)
+            inverse = inverse_jacobians(method, memory, len(z), features)
             np.testing.assert_allclose(
                 (following - z).numpy(),
                 -damping * np.einsum("bij,bj->bi", inverse, g.numpy()),

@@ -32,48 +32,48 @@ class Progress:
         self.running = torch.ones(batch, dtype=torch.bool, device=z.device)
         self._measured = self.running  # who was running when the last iterate was measured
         self.status = torch.full((batch,), _RUNNING, dtype=torch.int8, device=z.device)
-        # Known to be true; false also means that the host has not looked.
-        self.all_running = True
+        self._may_look = not z.is_cuda and not torch.compiler.is_compiling()
+        self.all_running = self._may_look  # false also where the host has not looked
         self.best_z = z
         self.best_residual = z.new_full((batch,), torch.inf)
         self._best_size = z.new_full((batch,), torch.inf)  # its ||f(z) - z||
         self.best_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
         self.evaluations = torch.zeros(batch, dtype=torch.int64, device=z.device)
-        self._mark = z.new_full(
-            (batch,), torch.inf
-        )  # the best residual when progress was last made
+        # The best residual when progress was last made, and when that was.
+        self._mark = z.new_full((batch,), torch.inf)
         self._mark_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
         self._first = z.new_full((batch,), torch.inf)  # ||f(z0) - z0||
         self._unwritten: int | None = None  # the step that all samples' counters stand at
-        self._may_look = not z.is_cuda and not torch.compiler.is_compiling()
         self._left: _Results | None = None
 
     def measure(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         """Judge the iterate ``z`` after ``step`` updates; returns its residual (b,)."""
         g, fz = g.detach(), fz.detach()
-        size = residual = torch.linalg.vector_norm(g, dim=1)
-        if self.options.relative:
-            residual = size / torch.linalg.vector_norm(fz, dim=1)
-        if self._all_improved(step, size, residual):
-            self.best_z, self._best_size, self.best_residual = z, size, residual
-            self._mark = residual
-            self._unwritten = step
-            self._measured = self.running
-            return residual
+        if step > 0 and self.all_running:
+            residual = self._measure_together(step, z, fz, g)
+            if residual is not None:
+                return residual
         self._write_steps()
         return self._measure_each(step, z, fz, g)
 
-    def _all_improved(self, step: int, size: Tensor, residual: Tensor) -> bool:
-        """Whether all samples are running, improve and are not done: then there is little to note.
+    def _measure_together(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor | None:
+        """Note that all samples improved and none is done: what most steps of most solves find.
 
-        This is what most steps of most solves find. The host asks where it can look for free.
+        None if a sample needs a closer look. The host asks, where it can look for free.
         """
-        if not self.all_running or not self._may_look or step == 0:
-            return False
+        size = residual = torch.linalg.vector_norm(g, dim=1)
+        if self.options.relative:
+            residual = size / torch.linalg.vector_norm(fz, dim=1)
         fine = (size < self._best_size) & (residual > (self.options.tol or 0.0))
         if self.options.tol is not None:
             fine = fine & (residual < _STALL_FACTOR * self._mark)
-        return bool(fine.all())
+        if not bool(fine.all()):
+            return None
+        self.best_z, self._best_size, self.best_residual = z, size, residual
+        self._mark = residual
+        self._unwritten = step
+        self._measured = self.running
+        return residual
 
     def _write_steps(self) -> None:
         """Write what `measure` only remembered while all samples improved."""

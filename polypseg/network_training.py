@@ -95,6 +95,7 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images, masks = rescale(batch, run.config.data.scales, run.device)
+            shown: dict[str, Any] = {}
 
             if not solves:
                 loss = objective = structure_loss(model.explicit(images).logits, masks)
@@ -109,7 +110,7 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
                         jacobian = jacobian_regularizer(model.deq.f, solution.z, (e,))
                     objective = loss + implicit.jacobian * jacobian
                     jacobians.append(jacobian.item())
-                bar.set_postfix(calls=solution.calls, residual=f"{solution.residual.max():.1e}")
+                shown = {"calls": solution.calls, "residual": f"{solution.residual.max():.1e}"}
 
             optimizer.zero_grad(set_to_none=True)
             objective.backward()
@@ -127,7 +128,7 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
             optimizer.step()
             average.update_parameters(model)
             losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", **shown, refresh=False)
 
         averaged = cast(PolypDEQ, average.module)
         row: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -110,7 +111,11 @@ def _data(arguments: argparse.Namespace) -> Path:
         raise ConfigError("--data DIR is needed (or --demo, which draws synthetic images)")
     data = Path(arguments.run) / "data"
     if not data.exists():
-        make_synthetic(data, train=160, test=24, size=128, seed=0)
+        # Under another name until it is whole, so that a kill leaves nothing that looks complete.
+        partial = data.with_name("data.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        make_synthetic(partial, train=160, test=24, size=128, seed=0)
+        partial.rename(data)
     return data
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -125,14 +125,13 @@ def fit_hypersolver(
         for epoch in range(1, epochs + 1):
             losses, distances, seen, skipped = [], [], 0, 0
             for batch in batches:
-                inputs = batch if isinstance(batch, tuple) else (batch,)
                 done = update / total
                 for group in optimizer.param_groups:
                     group["lr"] = final_lr + (lr - final_lr) * (1 + math.cos(math.pi * done)) / 2
                 decayed = LossWeights(
                     weights.convergence, weights.initializer, weights.alpha * max(0.0, 1 - 2 * done)
                 )
-                inputs, goal, left_out = _target(deq, inputs, teacher, target_options)
+                inputs, goal, left_out = _target(deq, batch, teacher, target_options)
                 seen += len(goal) + left_out
                 skipped += left_out
                 if epoch == 1 and seen >= _TRIAL and 2 * skipped > seen:
@@ -191,29 +190,30 @@ def measure_distances(
     """Mean ``||z_k - z*|| / ||z*||`` after k = 0 .. steps updates, a (steps + 1,) a batch."""
     distances = []
     for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        inputs, goal, _ = _target(deq, inputs, teacher or Anderson(memory=10), options)
+        inputs, goal, _ = _target(deq, batch, teacher or Anderson(memory=10), options)
         if len(goal) == 0:
             continue
         with torch.no_grad():
             path, _ = _unroll(solver, deq, inputs, goal, steps)
         distances.append(path.mean(1))
+    if not distances:
+        raise ValueError(f"no sample has a reliable z* (residual of at most {_RELIABLE:g})")
     return distances
 
 
 def _target(
-    deq: DEQ, inputs: tuple[Any, ...], teacher: Solver, options: Options
+    deq: DEQ, batch: Any, teacher: Solver, options: Options
 ) -> tuple[tuple[Any, ...], Tensor, int]:
     """Inputs and z* (rows, features) of the samples with a reliable z*, and how many have none.
 
     The others leave the batch here: a weight of zero would not keep their NaN out of the gradient.
     """
+    inputs = batch if isinstance(batch, tuple) else (batch,)
+    high_precision = deq.with_solver(teacher, raise_on_failure=False, **asdict(options))
+    solution = high_precision.solve(*inputs)
     with torch.no_grad():
-        start = DEQ(deq.f, teacher, z0=deq.z0).initial_state(*inputs)
-        solution = iterate(deq.f, start, inputs, teacher, options)
         goal = Layout.of(solution.z).flatten(solution.z)
-        reliable = solution.residual <= _RELIABLE
-        rows = reliable.nonzero().squeeze(1)
+        rows = (solution.residual <= _RELIABLE).nonzero().squeeze(1)
         inputs = map_rows(lambda leaf: leaf[rows], inputs, len(goal))
         return inputs, goal[rows], len(goal) - len(rows)
 

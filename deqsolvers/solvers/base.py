@@ -49,8 +49,7 @@ class Solver(ABC):
 
 
 class History:
-    """The last ``size`` matrices (B, features) that were pushed, in a ring buffer (B, size,
-    features).
+    """The last ``size`` matrices (B, features) that were pushed, in a ring (B, size, features).
 
     Under autograd every push makes a new buffer, since earlier ones may be saved for backward;
     otherwise it writes in place.

@@ -101,4 +101,4 @@ class HyperSolver(nn.Module, Solver):
         # From time order, oldest first, to the order of the ring's slots.
         alpha = alpha.flip(1)[:, memory.z.ages()].to(z.dtype)
         memory.mixed = memory.g.combine(alpha)
-        return memory.z.combine(alpha) + beta.to(z.dtype) * memory.mixed
+        return memory.z.add_to(beta.to(z.dtype) * memory.mixed, alpha)

@@ -1,21 +1,58 @@
-"""Options of the benchmarks, and the table that is printed at the end."""
+"""Options of the benchmarks, and the tables that are printed at the end."""
 
 from __future__ import annotations
 
-import os
-import platform
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.goals import GOALS
+from benchmarks import machine, plots, tables
+from benchmarks.results import Results
+from benchmarks.settings import DTYPES, GOAL_SIZES, Settings, parse_sizes
+
+_RESULTS = pytest.StashKey[Results]()
+_SETTINGS = pytest.StashKey[Settings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
+    group = parser.getgroup("benchmarks")
+    sizes = ",".join(f"{batch}x{features}" for batch, features in GOAL_SIZES)
+    group.addoption(
         "--benchmark", action="store_true", help="run the benchmarks (they take minutes)"
     )
-    parser.addoption("--benchmark-device", default="cpu", help="cpu or cuda; default: cpu")
+    group.addoption(
+        "--benchmark-mode",
+        default="quick",
+        choices=("quick", "full"),
+        help="quick takes under 5 minutes on 2 cores; full measures longer and larger. Default: "
+        "quick",
+    )
+    group.addoption("--benchmark-device", default="cpu", help="cpu or cuda[:N]. Default: cpu")
+    group.addoption(
+        "--benchmark-dtype", default="float32", choices=tuple(DTYPES), help="Default: float32"
+    )
+    group.addoption(
+        "--benchmark-sizes",
+        default=sizes,
+        metavar="BxN,...",
+        help=f"batch and features of the overhead measurements. Default: {sizes}",
+    )
+    group.addoption(
+        "--benchmark-out", metavar="DIR", help="write results.json, a CSV a table and plots there"
+    )
+    group.addoption(
+        "--benchmark-run",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a run of polypseg-train, whose trained PolypDEQ is measured too; may be repeated",
+    )
+    group.addoption(
+        "--benchmark-images",
+        metavar="DIR",
+        help="images for the trained PolypDEQ; without it, ones that are drawn",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,24 +63,82 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(skip)
 
 
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    device = torch.device(request.config.getoption("--benchmark-device"))
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--benchmark"):
+        return
+    try:
+        settings = _settings(config)
+    except (ValueError, RuntimeError) as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[_SETTINGS] = settings
+    header = machine.header(_command(config), settings.device, settings.dtype)
+    config.stash[_RESULTS] = Results(header)
+
+
+def _settings(config: pytest.Config) -> Settings:
+    device = torch.device(config.getoption("--benchmark-device"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    return device
+        raise ValueError("--benchmark-device: torch sees no CUDA device here; give cpu")
+    runs = tuple(Path(run) for run in config.getoption("--benchmark-run"))
+    for run in runs:
+        if not (run / "config.yaml").is_file():
+            raise ValueError(f"--benchmark-run: {run} is no run of polypseg-train")
+    images = config.getoption("--benchmark-images")
+    if images is not None and not Path(images).is_dir():
+        raise ValueError(f"--benchmark-images: there is no folder {images}")
+    return Settings(
+        device=device,
+        dtype=DTYPES[config.getoption("--benchmark-dtype")],
+        quick=config.getoption("--benchmark-mode") == "quick",
+        sizes=parse_sizes(config.getoption("--benchmark-sizes")),
+        runs=runs,
+        images=None if images is None else Path(images),
+    )
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not GOALS:
+def _command(config: pytest.Config) -> str:
+    """The command line without the paths of this machine."""
+    words = ["pytest", *(Path(argument).name for argument in config.args), "--benchmark"]
+    for option in ("mode", "device", "dtype", "sizes"):
+        words += [f"--benchmark-{option}", config.getoption(f"--benchmark-{option}")]
+    for run in config.getoption("--benchmark-run"):
+        words += ["--benchmark-run", Path(run).name]
+    if config.getoption("--benchmark-images"):
+        words += ["--benchmark-images", "DIR"]
+    return " ".join(words)
+
+
+@pytest.fixture(scope="session")
+def settings(request: pytest.FixtureRequest) -> Settings:
+    return request.config.stash[_SETTINGS]
+
+
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest) -> Results:
+    return request.config.stash[_RESULTS]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    results = config.stash.get(_RESULTS, None)
+    if results is None or not (results.rows or results.goals):
         return
     write = terminalreporter.write_line
-    terminalreporter.section("goals")
-    write(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} CPUs, "
-        f"{platform.platform()}"
-    )
-    write(f"{'what':58} {'measured':>10} {'goal':>10}")
-    for goal in GOALS:
-        verdict = "met" if goal.met else "MISSED"
-        write(f"{goal.what:58} {goal.measured:>10.2f} {goal.sign}{goal.wanted:>9.2f}  {verdict}")
+    terminalreporter.section("benchmarks")
+    for line in machine.lines(results.header):
+        write(line)
+    for title, lines in tables.render(results):
+        write("")
+        write(title)
+        for line in lines:
+            write("  " + line)
+    if results.goals:
+        terminalreporter.section("goals")
+        for line in tables.render_goals(results.goals):
+            write(line)
+    out = config.getoption("--benchmark-out")
+    if out:
+        results.write(Path(out))
+        plots.write(results, Path(out))
+        write(f"written to {out}")

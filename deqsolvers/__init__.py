@@ -9,7 +9,7 @@ from deqsolvers.hypersolver.fit import FitEpoch, LossWeights, fit_hypersolver
 from deqsolvers.normalization import cached_weights
 from deqsolvers.regularization import jacobian_regularizer, spectral_radius
 from deqsolvers.solution import ConvergenceError, ConvergenceWarning, Solution, Status
-from deqsolvers.solvers import Anderson, Broyden, Memory, NewtonKrylov, Picard, Solver
+from deqsolvers.solvers import Anderson, Broyden, Memory, Picard, Solver
 from deqsolvers.solvers.hyper import HyperSolver
 
 __version__ = "0.1.0"
@@ -27,7 +27,6 @@ __all__ = [
     "JacobianFree",
     "LossWeights",
     "Memory",
-    "NewtonKrylov",
     "Phantom",
     "Picard",
     "Shine",

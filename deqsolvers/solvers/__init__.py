@@ -3,7 +3,6 @@
 from deqsolvers.solvers.anderson import Anderson
 from deqsolvers.solvers.base import History, Memory, Solver
 from deqsolvers.solvers.broyden import Broyden
-from deqsolvers.solvers.newton_krylov import NewtonKrylov
 from deqsolvers.solvers.picard import Picard
 
-__all__ = ["Anderson", "Broyden", "History", "Memory", "NewtonKrylov", "Picard", "Solver"]
+__all__ = ["Anderson", "Broyden", "History", "Memory", "Picard", "Solver"]

@@ -12,7 +12,6 @@ from deqsolvers import (
     Anderson,
     Broyden,
     ConvergenceError,
-    NewtonKrylov,
     Picard,
     Solver,
     Status,
@@ -28,7 +27,6 @@ SOLVERS: list[Solver] = [
     Anderson(memory=4, damping=0.3),
     Broyden(memory=6),
     Broyden(memory=6, damping=0.3),
-    NewtonKrylov(memory=6),
 ]
 
 

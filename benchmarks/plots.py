@@ -1,0 +1,289 @@
+"""Results as PNG plots. A method has one colour and a library one marker in all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from benchmarks import machine
+from benchmarks.results import Results, Row
+from benchmarks.timing import Quartiles
+
+# Okabe & Ito's colours, which the colour-blind can tell apart.
+COLOURS = {
+    "Picard": "#009E73",
+    "Anderson": "#0072B2",
+    "Broyden": "#E69F00",
+    "HyperSolver": "#D55E00",
+    "Anderson with our initializer": "#56B4E9",
+    "Newton-Krylov": "#CC79A7",
+}
+# Of backward passes, in hues that no solver has, but for Broyden's.
+_PASSES = {
+    "implicit, tol 1e-2": "#C9B3E6",
+    "implicit, tol 1e-4": "#8C5FC7",
+    "implicit, tol 1e-6": "#4A1F87",
+    "implicit by Broyden, tol 1e-4": COLOURS["Broyden"],
+    "phantom, 5 steps": "#8B5A2B",
+    "Jacobian-free": "#E15759",
+    "SHINE": "#BCBD22",
+    "unrolled": "#000000",
+}
+# Columns of tables that set both libraries side by side.
+LIBRARY_COLUMNS = {"deqsolvers": "ours [ms]", "torchdeq": "torchdeq [ms]"}
+_STYLES: dict[str, dict[str, Any]] = {
+    "deqsolvers": {"linestyle": "-", "marker": "o"},
+    "torchdeq": {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+    "SciPy": {"linestyle": ":", "marker": "^", "markerfacecolor": "white"},
+}
+
+
+def write(results: Results, folder: Path) -> None:
+    """Draw every plot that the results have rows for."""
+    drawings: dict[str, tuple[str, Callable[[Results], Figure]]] = {
+        "work_precision.png": ("work-precision", work_precision),
+        "tolerance_time.png": ("work-precision", tolerance_time),
+        "tolerance_evaluations.png": ("work-precision", tolerance_evaluations),
+        "overhead.png": ("overhead", overhead),
+        "scaling.png": ("scaling", scaling),
+        "backward.png": ("backward", backward),
+        "hypersolver.png": ("hypersolver", hypersolver),
+    }
+    for name, (table, draw) in drawings.items():
+        if results.table(table):
+            figure = draw(results)
+            for panel in figure.axes:
+                _label_logarithms(panel)
+            figure.savefig(folder / name, dpi=120)
+
+
+def work_precision(results: Results) -> Figure:
+    """Time against the distance to z* that it bought."""
+    return _by_problem(
+        results,
+        "Work and precision: time for a distance to the fixed point (left and low is better)",
+        ("time of a solve [ms]", "time [ms]"),
+        ("||z - z*|| / ||z*||, worst in the batch", "distance"),
+    )
+
+
+def tolerance_time(results: Results) -> Figure:
+    return _by_problem(
+        results,
+        "Time to reach a tolerance (low is better; a line ends where a method fails)",
+        ("relative residual asked for", "tolerance"),
+        ("time of a solve [ms]", "time [ms]"),
+    )
+
+
+def tolerance_evaluations(results: Results) -> Figure:
+    return _by_problem(
+        results,
+        "Evaluations of f to reach a tolerance (low is better; a line ends where a method fails)",
+        ("relative residual asked for", "tolerance"),
+        ("evaluations of f, mean a sample", "evaluations"),
+    )
+
+
+def _by_problem(
+    results: Results, title: str, horizontal: tuple[str, str], vertical: tuple[str, str]
+) -> Figure:
+    rows = [row for row in results.table("work-precision") if row.values["reached"]]
+    problems = list(dict.fromkeys(row.key["problem"] for row in rows))
+    figure, axes = _panels(len(problems), results, title)
+    for panel, problem in zip(axes, problems, strict=True):
+        mine = [row for row in rows if row.key["problem"] == problem]
+        first = mine[0].key
+        panel.set_title(
+            f"{problem} ({first['batch']} x {first['features']}, radius {first['radius']:.2f})",
+            fontsize=9,
+        )
+        for (method, library), line in _groups(mine, "method", "library").items():
+            x, y = ([_number(row, column) for row in line] for _, column in (horizontal, vertical))
+            panel.plot(x, y, **_style(method, library))
+        panel.set(xscale="log", yscale="log", xlabel=horizontal[0], ylabel=vertical[0])
+        if horizontal[1] == "tolerance":
+            panel.invert_xaxis()
+    _legend(figure, rows)
+    return figure
+
+
+def overhead(results: Results) -> Figure:
+    """A step beyond f, with quartiles, and the floor that memory sets."""
+    rows = results.table("overhead")
+    methods = list(dict.fromkeys(row.key["method"] for row in rows))
+    figure, axes = _panels(
+        len(methods), results, "Time of a step beyond f (low is better; bars are quartiles)"
+    )
+    for panel, method in zip(axes, methods, strict=True):
+        mine = [row for row in rows if row.key["method"] == method]
+        for place, row in enumerate(mine):
+            for library, column in LIBRARY_COLUMNS.items():
+                time = row.values[column]
+                if isinstance(time, Quartiles):
+                    spread = [[time.median - time.q1], [time.q3 - time.median]]
+                    style = {**_style(method, library), "linestyle": "", "markersize": 8}
+                    panel.errorbar(place, time.median, yerr=spread, capsize=5, **style)
+            floor = _number(row, "ours [ms]") * _number(row, "share of the limit")
+            panel.plot([place - 0.3, place + 0.3], [floor, floor], color="black")
+        labels = [f"{row.key['batch']} x {row.key['features']:,}" for row in mine]
+        panel.set_xticks(range(len(mine)), labels, fontsize=8)
+        panel.set(yscale="log", title=method, ylabel="ms a step", xlabel="batch x features")
+    handles = [
+        Line2D([], [], color="grey", label=library, **{**_STYLES[library], "linestyle": ""})
+        for library in LIBRARY_COLUMNS
+    ]
+    handles.append(Line2D([], [], color="black", label="copying the bytes that must move"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def scaling(results: Results) -> Figure:
+    rows = results.table("scaling")
+    series = list(dict.fromkeys(row.key["varied"] for row in rows))
+    figure, axes = _panels(len(series), results, "Time of a step beyond f (low is better)")
+    for panel, varied in zip(axes, series, strict=True):
+        mine = [row for row in rows if row.key["varied"] == varied]
+        fixed = [name for name in ("batch", "features", "memory") if name != varied]
+        for (method,), line in _groups(mine, "method").items():
+            for library, column in LIBRARY_COLUMNS.items():
+                known = [row for row in line if row.values[column] is not None]
+                panel.plot(
+                    [row.key[varied] for row in known],
+                    [_number(row, column) for row in known],
+                    **_style(method, library),
+                )
+        same = ", ".join(f"{name} {mine[0].key[name]:,}" for name in fixed)
+        panel.set(xscale="log", yscale="log", xlabel=varied, ylabel="ms a step", title=same)
+    keys = [
+        Row("", {"method": row.key["method"], "library": library}, {})
+        for row in rows
+        for library in LIBRARY_COLUMNS
+    ]
+    _legend(figure, keys)
+    return figure
+
+
+def backward(results: Results) -> Figure:
+    """Time of the backward pass against the error of the gradient, a point a mode."""
+    rows = results.table("backward")
+    problems = list(dict.fromkeys(row.key["problem"] for row in rows))
+    figure, axes = _panels(
+        len(problems), results, "Backward passes (left and low is better)", width=5.6
+    )
+    names = list(dict.fromkeys(row.key["backward"] for row in rows))
+    for panel, problem in zip(axes, problems, strict=True):
+        for row in rows:
+            if row.key["problem"] == problem:
+                style = dict(_STYLES[row.key["library"]], linestyle="")
+                x, y = _number(row, "both [ms]"), _number(row, "gradient error")
+                panel.plot(x, y, color=_PASSES[row.key["backward"]], markersize=8, **style)
+        panel.set(
+            xscale="log",
+            yscale="log",
+            title=problem,
+            xlabel="forward and backward [ms]",
+            ylabel="relative error of the gradient",
+        )
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=_PASSES[name], label=name) for name in names
+    ]
+    for library in dict.fromkeys(row.key["library"] for row in rows):
+        style = dict(_STYLES[library], linestyle="")
+        handles.append(Line2D([], [], color="grey", label=library, **style))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def hypersolver(results: Results) -> Figure:
+    """Distance to z* against evaluations, mean (line) and worst sample (thin line)."""
+    rows = results.table("hypersolver")
+    problems = list(dict.fromkeys(row.key["problem"] for row in rows))
+    axes: Sequence[Axes]
+    figure, axes = _panels(
+        2 * len(problems),
+        results,
+        "Distance to z* (left and low is better): mean thick, worst sample thin",
+    )
+    for place, problem in enumerate(problems):
+        mine = [row for row in rows if row.key["problem"] == problem]
+        for column, panel in (
+            ("evaluations", axes[2 * place]),
+            ("time [ms]", axes[2 * place + 1]),
+        ):
+            for (method,), line in _groups(mine, "method").items():
+                x = [row.key[column] if column in row.key else _number(row, column) for row in line]
+                for distance, width in (("mean distance", 2.0), ("worst distance", 0.6)):
+                    style = _style(method, "deqsolvers")
+                    style.update(linewidth=width, markersize=4 if width > 1 else 0)
+                    panel.plot(x, [_number(row, distance) for row in line], **style)
+            label = "evaluations of f" if column == "evaluations" else column
+            panel.set(yscale="log", xlabel=label, ylabel="||z - z*|| / ||z*||", title=problem)
+    _legend(
+        figure, [Row("", {"method": r.key["method"], "library": "deqsolvers"}, {}) for r in rows]
+    )
+    return figure
+
+
+def _panels(
+    count: int, results: Results, title: str, width: float = 4.2
+) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(max(width * columns, 9), 3.5 * lines + 1.6), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    axes = list(grid.flat)
+    for panel in axes[count:]:
+        panel.remove()
+    for panel in axes[:count]:
+        panel.grid(alpha=0.3, which="major")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.title.set_fontsize(9)
+    head = machine.lines(results.header)
+    figure.suptitle(f"{title}\n", fontsize=12, fontweight="bold")
+    figure.text(0.5, 0.985, f"\n\n{head[2]}; {head[3]}", ha="center", va="top", fontsize=7)
+    return figure, axes[:count]
+
+
+def _label_logarithms(panel: Axes) -> None:
+    """Plain numbers; within few decades at 1, 2 and 5 too."""
+    for axis in (panel.xaxis, panel.yaxis):
+        if axis.get_scale() != "log":
+            continue
+        low, high = sorted(axis.get_view_interval())
+        few = math.log10(high / low) < 2
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _style(method: str, library: str) -> dict[str, Any]:
+    return {"color": COLOURS[method], "markersize": 4, "linewidth": 1.4, **_STYLES[library]}
+
+
+def _legend(figure: Figure, rows: Sequence[Row]) -> None:
+    pairs = dict.fromkeys((row.key["method"], row.key["library"]) for row in rows)
+    handles = [
+        Line2D([], [], label=f"{method}, {library}", **_style(method, library))
+        for method, library in pairs
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+
+
+def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.key[name] for name in names), []).append(row)
+    return groups
+
+
+def _number(row: Row, column: str) -> float:
+    value = row.values[column] if column in row.values else row.key[column]
+    return value.median if isinstance(value, Quartiles) else value  # type: ignore[return-value]

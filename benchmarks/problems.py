@@ -1,0 +1,109 @@
+"""The fixed-point problems that solvers are measured on, with z* from double precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.maps import AttentionMap, ConvolutionMap, LinearMap, PerceptronMap
+from benchmarks.settings import Settings
+from deqsolvers import Anderson, fixed_point, spectral_radius
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``z = f(z, x)`` in the working precision.
+
+    Attributes:
+        name: of the map.
+        f, z0, x: the map, the start (zeros) and its further argument, batch first.
+        exact: z* from a solve in double precision.
+        radius: largest spectral radius of df/dz at z* in the batch.
+    """
+
+    name: str
+    f: nn.Module
+    z0: Tensor
+    x: Tensor
+    exact: Tensor
+    radius: float
+
+    @property
+    def features(self) -> int:
+        return self.z0[0].numel()
+
+    def residual(self, z: Tensor) -> float:
+        """Worst ``||f(z) - z|| / ||f(z)||`` in the batch, apart from all solvers."""
+        with torch.no_grad():
+            fz = self.f(z, self.x)
+        return float(((fz - z).flatten(1).norm(dim=1) / fz.flatten(1).norm(dim=1)).max())
+
+    def distance(self, z: Tensor) -> float:
+        """Worst ``||z - z*|| / ||z*||`` in the batch."""
+        difference = (z.double() - self.exact.double()).flatten(1).norm(dim=1)
+        return float((difference / self.exact.double().flatten(1).norm(dim=1)).max())
+
+
+def make(name: str, f: nn.Module, x: Tensor, settings: Settings) -> Problem:
+    """A problem from a map and an input, both in double precision on the CPU."""
+    f = f.eval().requires_grad_(False).to(settings.device)
+    x = x.to(settings.device)
+    exact = _solve(name, f, x)
+    radius = float(spectral_radius(f, exact, (x,)).max())
+    working = copy.deepcopy(f).to(settings.dtype)
+    x = x.to(settings.dtype)
+    return Problem(name, working, torch.zeros_like(x), x, exact, radius)
+
+
+def _solve(name: str, f: nn.Module, x: Tensor) -> Tensor:
+    """z* in double precision; the residual is checked by hand, whatever the solver claims."""
+    z = fixed_point(f, torch.zeros_like(x), (x,), solver=Anderson(10), tol=1e-11, max_steps=2000).z
+    with torch.no_grad():
+        fz = f(z, x)
+    residual = float(((fz - z).flatten(1).norm(dim=1) / fz.flatten(1).norm(dim=1)).max())
+    if not residual < 1e-9:
+        raise RuntimeError(f"{name}: z* was not found, residual {residual:.1e}")
+    return z
+
+
+@cache
+def _linear(radius: float, settings: Settings) -> Problem:
+    torch.manual_seed(0)
+    f = LinearMap(1000, radius).double()
+    return make(f"linear, radius {radius}", f, _normal(8, 1000), settings)
+
+
+@cache
+def _perceptron(settings: Settings) -> Problem:
+    torch.manual_seed(0)
+    return make("MLP", PerceptronMap(256, 2.0).double(), _normal(8, 256), settings)
+
+
+@cache
+def _convolution(settings: Settings) -> Problem:
+    torch.manual_seed(0)
+    return make("convolution", ConvolutionMap(32, 0.25).double(), _normal(4, 32, 32, 32), settings)
+
+
+@cache
+def _attention(settings: Settings) -> Problem:
+    torch.manual_seed(0)
+    return make("attention", AttentionMap(64, 4, 2.0).double(), _normal(8, 64, 64), settings)
+
+
+def _normal(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+PROBLEMS: dict[str, Callable[[Settings], Problem]] = {
+    **{f"linear {radius}": partial(_linear, radius) for radius in (0.5, 0.9, 0.99)},
+    "mlp": _perceptron,
+    "convolution": _convolution,
+    "attention": _attention,
+}

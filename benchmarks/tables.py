@@ -1,0 +1,118 @@
+"""Results as text: readable tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from benchmarks.results import Goal, Results, Row, Value
+from benchmarks.timing import Quartiles
+
+TITLES = {
+    "work-precision": (
+        "Evaluations of f a sample / milliseconds a solve, against the relative residual asked for "
+        "(-: not reached)"
+    ),
+    "overhead": "Time of a step beyond f, and how close it is to copying the bytes it must move",
+    "scaling": "Time of a step beyond f against batch, state size and memory",
+    "uneven": "A batch whose samples need very different numbers of steps",
+    "backward": "Backward passes after a forward solve to 1e-5: time, memory, error of gradient",
+    "memory": "Peak memory",
+    "hypersolver": "HyperSolver against classic solvers at equal distance to z*",
+    "polypdeq": "Prediction with a trained PolypDEQ, images together in a batch",
+}
+
+
+def render(results: Results) -> list[tuple[str, list[str]]]:
+    """(title, lines) of every table."""
+    sections = []
+    for name in results.tables:
+        rows = results.table(name)
+        grid = _pivot(rows) if name == "work-precision" else _grid(rows)
+        sections.append((TITLES.get(name, name), align(grid)))
+    return sections
+
+
+def render_goals(goals: Sequence[Goal]) -> list[str]:
+    grid = [["goal", "wanted", "measured", "ratio", ""]]
+    for goal in goals:
+        note = f" ({goal.note})" if goal.note else ""
+        grid.append(
+            [
+                goal.what,
+                f"{goal.sign} {number(goal.wanted)}",
+                number(goal.measured),
+                number(goal.ratio),
+                goal.verdict + note,
+            ]
+        )
+    return align(grid)
+
+
+def align(grid: Sequence[Sequence[str]]) -> list[str]:
+    """Lines whose columns line up: text to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in grid) for column in range(len(grid[0]))]
+    numeric = [
+        any(row[column][:1].isdigit() for row in grid[1:])
+        and all(row[column][:1] in "0123456789-i<>= " for row in grid[1:] if row[column])
+        for column in range(len(grid[0]))
+    ]
+    lines = []
+    for row in grid:
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def number(value: Value) -> str:
+    """Three significant digits; a median with its quartiles."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Quartiles):
+        return f"{number(value.median)} ({number(value.q1)}..{number(value.q3)})"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        return "inf" if value > 0 else "-"
+    size = abs(value)
+    if size and (size < 1e-3 or size >= 1e6):
+        return f"{value:.1e}"
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def _grid(rows: Sequence[Row]) -> list[list[str]]:
+    keys = list(dict.fromkeys(name for row in rows for name in row.key))
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    grid = [[*keys, *names]]
+    for row in rows:
+        cells = [number(row.key[key]) if key in row.key else "" for key in keys]
+        cells += [number(row.values[name]) if name in row.values else "" for name in names]
+        grid.append(cells)
+    return grid
+
+
+def _pivot(rows: Sequence[Row]) -> list[list[str]]:
+    """A line a problem and method, a column a tolerance."""
+    tolerances = sorted({row.key["tolerance"] for row in rows}, reverse=True)
+    lines: dict[tuple[str, ...], dict[float, str]] = {}
+    for row in rows:
+        head = tuple(number(value) for key, value in row.key.items() if key != "tolerance")
+        cell = "-"
+        if row.values["reached"]:
+            time = row.values["time [ms]"]
+            assert isinstance(time, Quartiles)
+            cell = f"{number(row.values['evaluations'])} / {number(time.median)}"
+        lines.setdefault(head, {})[row.key["tolerance"]] = cell
+    heads = [key for key in rows[0].key if key != "tolerance"]
+    grid = [[*heads, *(f"{tolerance:.0e}" for tolerance in tolerances)]]
+    for head, cells in lines.items():
+        grid.append([*head, *(cells.get(tolerance, "") for tolerance in tolerances)])
+    return grid

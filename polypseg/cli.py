@@ -28,6 +28,11 @@ def predict(argv: Sequence[str] | None = None) -> int:
     return _run("predict", "the masks written so far are complete", argv)
 
 
+def check(argv: Sequence[str] | None = None) -> int:
+    """`polypseg-check`: find all that is wrong with a data set."""
+    return _run("check", "no file was changed", argv)
+
+
 def _run(name: str, on_interrupt: str, argv: Sequence[str] | None) -> int:
     program = f"polypseg-{name}"
     try:

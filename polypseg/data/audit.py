@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from polypseg.data.duplicates import Fingerprint, fingerprint
 from polypseg.data.faults import DataError, Fault
 from polypseg.data.folders import Pair, scan_pairs
 from polypseg.data.reading import binarize, read_grey_mask, read_image, size_fault
@@ -18,6 +21,24 @@ AUDIT_THREADS = 4
 # no such noise.
 NOISE = 32
 GREY_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found out about one pair by decoding both of its files.
+
+    Attributes:
+        faults: all that is wrong with the pair.
+        size: (height, width) of the image; None where it cannot be read.
+        polyp_share: of the mask's pixels, 0 to 1; None where the mask cannot be read.
+        fingerprint: of the image, for `find_duplicates`; None where it cannot be read.
+    """
+
+    pair: Pair
+    faults: list[Fault]
+    size: tuple[int, int] | None = None
+    polyp_share: float | None = None
+    fingerprint: Fingerprint | None = None
 
 
 def audit_folder(root: Path) -> list[Fault]:
@@ -41,34 +62,61 @@ def audit_pairs(
         Severity "warning": an empty or a full mask, an EXIF orientation on one file of a pair that
         the other lacks.
     """
-    faults: list[Fault] = []
+    return [
+        fault
+        for inspection in inspect_pairs(pairs, progress, duplicates=False)
+        for fault in inspection.faults
+    ]
+
+
+def inspect_pairs(
+    pairs: Sequence[Pair],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    duplicates: bool = True,
+) -> list[Inspection]:
+    """Decode every image and mask and say what each is like; arguments as `audit_pairs`.
+
+    Args:
+        duplicates: whether to take fingerprints too.
+    """
+    inspections = []
     with ThreadPoolExecutor(AUDIT_THREADS) as pool:
-        for done, found in enumerate(pool.map(_audit_pair, pairs), start=1):
-            faults.extend(found)
+        results = pool.map(partial(_inspect, fingerprints=duplicates), pairs)
+        for done, inspection in enumerate(results, start=1):
+            inspections.append(inspection)
             if progress is not None:
                 progress(done, len(pairs))
-    return faults
+    return inspections
 
 
-def _audit_pair(pair: Pair) -> list[Fault]:
+def _inspect(pair: Pair, fingerprints: bool) -> Inspection:
     faults: list[Fault] = []
-    arrays: list[np.ndarray] = []
-    for read, path in ((read_image, pair.image), (read_grey_mask, pair.mask)):
-        try:
-            arrays.append(read(path))
-        except DataError as error:
-            faults.extend(error.faults)
-    if faults:
-        return faults
-    image, grey = arrays
-    if image.shape[:2] != grey.shape:
-        faults.append(size_fault(pair, image.shape[:2], grey.shape))
-    faults.extend(_mask_values(pair.mask, grey))
-    if _orientation(pair.image) != _orientation(pair.mask):
-        remedy = "check that the mask lies on the polyp, then rotate the pixels and drop the tag"
-        problem = f"EXIF orientation differs from that of its mask {pair.mask.name}"
-        faults.append(Fault(pair.image, problem, remedy, "warning"))
-    return faults
+    image = _read(read_image, pair.image, faults)
+    grey = _read(read_grey_mask, pair.mask, faults)
+    if image is not None and grey is not None:
+        if image.shape[:2] != grey.shape:
+            faults.append(size_fault(pair, image.shape[:2], grey.shape))
+        faults.extend(_mask_values(pair.mask, grey))
+        if _orientation(pair.image) != _orientation(pair.mask):
+            remedy = "check that the mask lies on the polyp, then rotate the pixels, drop the tag"
+            problem = f"EXIF orientation differs from that of its mask {pair.mask.name}"
+            faults.append(Fault(pair.image, problem, remedy, "warning"))
+    return Inspection(
+        pair,
+        faults,
+        size=None if image is None else (image.shape[0], image.shape[1]),
+        polyp_share=None if grey is None else float(binarize(grey).mean()),
+        fingerprint=fingerprint(image) if fingerprints and image is not None else None,
+    )
+
+
+def _read(read: Callable[[Path], np.ndarray], path: Path, faults: list[Fault]) -> np.ndarray | None:
+    try:
+        return read(path)
+    except DataError as error:
+        faults.extend(error.faults)
+        return None
 
 
 def _mask_values(path: Path, grey: np.ndarray) -> list[Fault]:

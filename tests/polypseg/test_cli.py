@@ -11,7 +11,12 @@ from polypseg import cli
 from polypseg.checkpoint import CheckpointError, OutOfSpaceError
 from polypseg.data import DataError, Fault
 
-COMMANDS = {"train": cli.train, "evaluate": cli.evaluate, "predict": cli.predict}
+COMMANDS = {
+    "train": cli.train,
+    "evaluate": cli.evaluate,
+    "predict": cli.predict,
+    "check": cli.check,
+}
 
 
 @pytest.fixture(params=COMMANDS)
@@ -89,7 +94,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(package):
 
 @pytest.mark.parametrize("arguments", [[], ["--unknown"]])
 def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):
-    for command in (cli.evaluate, cli.predict):
+    for command in (cli.evaluate, cli.predict, cli.check):
         with pytest.raises(SystemExit) as stopped:
             command(arguments)
         assert stopped.value.code == 2

@@ -1,0 +1,231 @@
+"""Auditing data folders: every fault of every file at once, and images that occur twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from polypseg.checkpoint import write_atomic
+from polypseg.data import DataError, Fault, scan_pairs, test_folders
+from polypseg.data.audit import Inspection, inspect_pairs
+from polypseg.data.duplicates import Duplicate, find_duplicates
+
+PROGRAM = "polypseg-check"
+TRAIN = "TrainDataset"
+STDOUT = Path("-")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check_folders` found.
+
+    Attributes:
+        folders: by name of the group, for example "TrainDataset" and "TestDataset/Kvasir".
+        inspections: every pair of each group.
+        faults: all that is wrong, duplicates among it.
+        duplicates: images that occur twice, within and across groups.
+    """
+
+    folders: dict[str, Path]
+    inspections: dict[str, list[Inspection]]
+    faults: list[Fault]
+    duplicates: list[Duplicate]
+
+    @property
+    def errors(self) -> int:
+        """How many faults keep the data from being used as they are."""
+        return sum(fault.severity == "error" for fault in self.faults)
+
+
+def check_folders(roots: Sequence[Path], *, progress: bool = False) -> Check:
+    """Decode every file of data folders and collect all that is wrong; changes nothing.
+
+    Args:
+        roots: each a root with `TrainDataset/` and `TestDataset/<NAME>/`, or one folder with
+            `images` and `masks`.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Errors are files that cannot be paired, decoded or used (see `audit_pairs`) and images that
+        occur with the same pixels both in a training and in a test folder. Warnings are empty and
+        full masks, other duplicates, and near-duplicates.
+    """
+    faults: list[Fault] = []
+    folders: dict[str, Path] = {}
+    for root in roots:
+        try:
+            found = _groups(root)
+        except DataError as error:
+            faults.extend(error.faults)
+            continue
+        for name, folder in found.items():
+            folders[name if name not in folders else str(folder)] = folder
+    pairs = {}
+    for name, folder in folders.items():
+        pairs[name], unpaired = scan_pairs(folder)
+        faults.extend(unpaired)
+    total = sum(map(len, pairs.values()))
+    inspections = {}
+    with tqdm(
+        total=total, desc="checking", unit="pair", leave=False, disable=None if progress else True
+    ) as bar:
+
+        def advance(*_: int) -> None:
+            bar.update()
+
+        for name, group in pairs.items():
+            inspections[name] = inspect_pairs(group, advance)
+    faults += [fault for group in inspections.values() for one in group for fault in one.faults]
+    duplicates = find_duplicates(
+        {name: [one.fingerprint for one in group] for name, group in inspections.items()}
+    )
+    faults += [_duplicate_fault(found, inspections) for found in duplicates]
+    return Check(folders, inspections, faults, duplicates)
+
+
+def _groups(root: Path) -> dict[str, Path]:
+    """The folders of pairs below a root, by name; a lone folder goes by its own."""
+    found = {}
+    if (root / TRAIN).is_dir():
+        found[TRAIN] = root / TRAIN
+    if (root / "TestDataset").is_dir():
+        found.update({f"TestDataset/{name}": path for name, path in test_folders(root).items()})
+    return found or {root.resolve().name: root}
+
+
+def _is_train(group: str) -> bool:
+    return group == TRAIN
+
+
+def _duplicate_fault(found: Duplicate, inspections: dict[str, list[Inspection]]) -> Fault:
+    (group, index), (other_group, other_index) = found.first, found.second
+    first, second = inspections[group][index].pair, inspections[other_group][other_index].pair
+    across = _is_train(group) != _is_train(other_group)
+    likeness = (
+        "has the same pixels as"
+        if found.kind == "exact"
+        else f"looks nearly the same ({1 - found.distance:.0%} of its hash) as"
+    )
+    problem = f"{likeness} {second.image}"
+    if across:
+        problem += ", one being a training and one a test image"
+        remedy = "take one of them out of its set, or say so beside every figure"
+    else:
+        remedy = "keep one of them, unless both are meant to count"
+    error = across and found.kind == "exact"
+    return Fault(first.image, problem, remedy, "error" if error else "warning")
+
+
+def as_json(check: Check) -> dict[str, Any]:
+    """The result as plain values: groups with their sizes and masks, faults, duplicates."""
+    return {
+        "program": PROGRAM,
+        "sound": check.errors == 0,
+        "errors": check.errors,
+        "warnings": len(check.faults) - check.errors,
+        "groups": {
+            name: {"folder": str(folder), **_statistics(check.inspections[name])}
+            for name, folder in check.folders.items()
+        },
+        "faults": [
+            {
+                "path": str(fault.path),
+                "severity": fault.severity,
+                "problem": fault.problem,
+                "remedy": fault.remedy,
+            }
+            for fault in check.faults
+        ],
+        "duplicates": [
+            {
+                "kind": found.kind,
+                "distance": found.distance,
+                "across_train_and_test": _is_train(found.first[0]) != _is_train(found.second[0]),
+                "files": [
+                    str(check.inspections[group][index].pair.image)
+                    for group, index in (found.first, found.second)
+                ],
+            }
+            for found in check.duplicates
+        ],
+    }
+
+
+def _statistics(group: Sequence[Inspection]) -> dict[str, Any]:
+    sizes = np.array([one.size for one in group if one.size is not None]).reshape(-1, 2)
+    shares = np.array([one.polyp_share for one in group if one.polyp_share is not None])
+    return {
+        "pairs": len(group),
+        "readable_images": len(sizes),
+        "smallest_width_height": sizes.min(axis=0)[::-1].tolist() if len(sizes) else None,
+        "largest_width_height": sizes.max(axis=0)[::-1].tolist() if len(sizes) else None,
+        "polyp_share_median": float(np.median(shares)) if len(shares) else None,
+        "empty_masks": int((shares == 0).sum()),
+        "full_masks": int((shares == 1).sum()),
+    }
+
+
+def as_text(check: Check) -> str:
+    """The result for a person: every fault on a line, errors first, then what was looked at."""
+    lines = [
+        f"{severity}: {fault}"
+        for severity in ("error", "warning")
+        for fault in check.faults
+        if fault.severity == severity
+    ]
+    for name, group in check.inspections.items():
+        known = _statistics(group)
+        text = f"{name}: {known['pairs']} pairs"
+        if known["readable_images"]:
+            low, high = known["smallest_width_height"], known["largest_width_height"]
+            text += f", {low[0]} x {low[1]} to {high[0]} x {high[1]} pixels"
+        if known["polyp_share_median"] is not None:
+            text += f", polyp on {known['polyp_share_median']:.1%} of an image (median)"
+        lines.append(text)
+    warnings = len(check.faults) - check.errors
+    lines.append(f"{check.errors} errors, {warnings} warnings")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Check images and masks: pairs by stem, every file decoded, sizes, mask "
+        "values, duplicates and near-duplicates. All faults are reported at once; nothing is "
+        "changed.",
+        epilog="Exit code: 0 if the data can be used (there may be warnings), 1 if there are "
+        "errors, 2 for a wrong command line.",
+    )
+    parser.add_argument(
+        "data",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="a root with TrainDataset/ and TestDataset/<NAME>/, or a folder with images/ and "
+        "masks/",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result as JSON too; - prints only that"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `polypseg-check`; errors of the program are raised (see `polypseg.cli`)."""
+    options = _parser().parse_args(argv)
+    check = check_folders(options.data, progress=True)
+    document = json.dumps(as_json(check), indent=2)
+    if options.json == STDOUT:
+        print(document)
+        return int(check.errors > 0)
+    print(as_text(check))
+    if options.json is not None:
+        write_atomic(options.json, document.encode())
+    return int(check.errors > 0)

@@ -1,0 +1,102 @@
+"""Images that occur twice: the same pixels, or nearly the same picture."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from scipy.fft import dctn
+
+# Side of the block of low frequencies that makes the hash, and of the thumbnail it is taken from.
+HASH_SIDE = 16
+THUMBNAIL = 64
+# Of the 255 bits. Measured on the field's images: no two ClinicDB frames of different videos are
+# this close, and one in twenty pairs of neighbouring frames is. So what is found is nearly the same
+# picture, which is less than "of the same video".
+NEAR_BITS = 25
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What duplicates are found by: a digest of the decoded pixels, and a perceptual hash.
+
+    Attributes:
+        digest: SHA-256 of size and pixels, so that a file saved anew without loss keeps it.
+        bits: (32,) uint8, the 255 bits of the hash and a zero.
+    """
+
+    digest: bytes
+    bits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two images, by (group, position) each, that are the same or nearly so.
+
+    Attributes:
+        kind: "exact" if all pixels agree, "near" if the perceptual hashes do.
+        distance: share of the hash's bits that differ, 0 to 1.
+    """
+
+    first: tuple[str, int]
+    second: tuple[str, int]
+    kind: Literal["exact", "near"]
+    distance: float
+
+
+def fingerprint(image: np.ndarray) -> Fingerprint:
+    """Fingerprint an image (H, W, 3) uint8.
+
+    The perceptual hash is the usual one: the signs, about their median, of the low frequencies of a
+    small grey copy's cosine transform, without the constant one. Scale, compression, brightness and
+    contrast hardly change it.
+    """
+    height, width = image.shape[:2]
+    digest = hashlib.sha256(f"{height}x{width}".encode())
+    digest.update(image.tobytes())
+    grey = Image.fromarray(image).convert("L")
+    small = np.asarray(grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float64)
+    low = dctn(small)[:HASH_SIDE, :HASH_SIDE].ravel()[1:]
+    return Fingerprint(digest.digest(), np.packbits(low > np.median(low)))
+
+
+def find_duplicates(groups: Mapping[str, Sequence[Fingerprint | None]]) -> list[Duplicate]:
+    """Find equal and nearly equal images within and across groups of fingerprints.
+
+    Args:
+        groups: fingerprints by the name of their group; None where an image could not be read.
+
+    Returns:
+        Every such pair once, in the order of the groups; closest first for each first image.
+    """
+    places = [
+        (group, index)
+        for group, prints in groups.items()
+        for index, found in enumerate(prints)
+        if found is not None
+    ]
+    prints = [found for group in groups.values() for found in group if found is not None]
+    if not prints:
+        return []
+    words = np.stack([found.bits for found in prints]).view(np.uint64)
+    duplicates = []
+    for start in range(0, len(words), ROWS_AT_ONCE):
+        # Only what comes later: each pair once. One word at a time keeps the table small.
+        rows = words[start : start + ROWS_AT_ONCE]
+        distance = np.zeros((len(rows), len(words)), np.uint16)
+        for column in range(words.shape[1]):
+            distance += np.bitwise_count(rows[:, None, column] ^ words[None, :, column])
+        for row, other in np.argwhere(distance <= NEAR_BITS).tolist():
+            first = start + row
+            if other > first:
+                same = prints[first].digest == prints[other].digest
+                share = float(distance[row, other]) / (HASH_SIDE**2 - 1)
+                kind: Literal["exact", "near"] = "exact" if same else "near"
+                duplicates.append(Duplicate(places[first], places[other], kind, share))
+    order = {place: number for number, place in enumerate(places)}
+    return sorted(duplicates, key=lambda found: (order[found.first], found.distance))

@@ -1,0 +1,140 @@
+"""The audit of data folders: all faults at once, as text and JSON."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from polypseg import cli
+from polypseg.check import check_folders
+from polypseg.data import make_synthetic, read_image
+from polypseg.data.duplicates import find_duplicates, fingerprint
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    make_synthetic(tmp_path / "data", train=4, test=3, size=80)
+    return tmp_path / "data"
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_sound_data_exit_with_0_and_are_described(data, capsys):
+    before = digests(data)
+    assert cli.check([str(data)]) == 0
+    text = capsys.readouterr().out
+    assert "TrainDataset: 4 pairs, 80 x 80 to 80 x 80 pixels" in text
+    assert "TestDataset/Synthetic: 3 pairs" in text
+    assert text.endswith("0 errors, 0 warnings\n")
+    assert digests(data) == before
+
+
+def test_every_fault_of_every_folder_is_named_at_once(data, tmp_path, capsys):
+    train, test = data / "TrainDataset", data / "TestDataset" / "Synthetic"
+    files = sorted((train / "images").iterdir())
+    stems = [path.stem for path in files]
+    (train / "masks" / f"{stems[0]}.png").unlink()
+    files[1].write_bytes(files[1].read_bytes()[:500])
+    Image.new("L", (80, 80)).save(train / "masks" / f"{stems[2]}.png")
+    first = sorted((test / "images").iterdir())[0]
+    Image.new("L", (40, 80), 255).save(test / "masks" / f"{first.stem}.png")
+    assert cli.check([str(data), str(tmp_path / "nowhere"), "--json", str(tmp_path / "a.json")])
+    text = capsys.readouterr().out
+    record = json.loads((tmp_path / "a.json").read_text())
+    wanted = [
+        (files[0], "error", "image without mask"),
+        (files[1], "error", "cannot be decoded"),
+        (train / "masks" / f"{stems[2]}.png", "warning", "mask is empty"),
+        (test / "masks" / f"{first.stem}.png", "error", "40 x 80 pixels but its image"),
+        (test / "masks" / f"{first.stem}.png", "warning", "mask is full"),
+        (tmp_path / "nowhere", "error", "no such folder"),
+    ]
+    assert len(record["faults"]) == len(wanted)
+    for path, severity, problem in wanted:
+        (fault,) = [
+            f for f in record["faults"] if f["path"] == str(path) and problem in f["problem"]
+        ]
+        assert fault["severity"] == severity
+        assert f"{severity}: {path}: {fault['problem']}; {fault['remedy']}" in text
+    assert (record["sound"], record["errors"], record["warnings"]) == (False, 4, 2)
+    assert record["groups"]["TrainDataset"]["empty_masks"] == 1
+
+
+def test_json_alone_goes_to_standard_output(data, capsys):
+    assert cli.check([str(data), "--json", "-"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["groups"]["TestDataset/Synthetic"]["pairs"] == 3
+
+
+def test_duplicates_within_and_across_train_and_test(data, capsys):
+    train, test = data / "TrainDataset", data / "TestDataset" / "Synthetic"
+    a, b = sorted((train / "images").iterdir())[:2]
+    for source, target in ((a, test), (b, train)):
+        # Saved anew, so that the bytes differ and the pixels do not.
+        Image.open(source).save(target / "images" / "copy.png")
+        shutil.copy(train / "masks" / f"{source.stem}.png", target / "masks" / "copy.png")
+    assert cli.check([str(data)]) == 1
+    text = capsys.readouterr().out
+    copy = test / "images" / "copy.png"
+    assert f"error: {a}: has the same pixels as {copy}, one being a training" in text
+    assert "warning: " in text
+    check = check_folders([data])
+    assert check.errors == 1
+    assert [(found.kind, found.distance) for found in check.duplicates] == [("exact", 0.0)] * 2
+
+
+def test_copies_that_were_scaled_compressed_or_brightened_are_near(real_data):
+    folder = real_data / "TestDataset" / "Kvasir" / "images"
+    images = [read_image(path) for path in sorted(folder.iterdir())[:12]]
+    for original in images[:4]:
+        picture = Image.fromarray(original)
+        changed = [
+            picture.resize((300, 260)),
+            ImageEnhance.Brightness(picture).enhance(0.8),
+            picture.crop((2, 2, picture.width - 2, picture.height - 2)),
+        ]
+        for copy in changed:
+            groups = {
+                "all": [fingerprint(image) for image in images],
+                "copy": [None, fingerprint(np.asarray(copy))],
+            }
+            (found,) = find_duplicates(groups)
+            assert found.kind == "near"
+            assert found.second == ("copy", 1)
+            np.testing.assert_array_equal(images[found.first[1]], original)
+
+
+def test_frames_of_one_video_are_near_and_frames_of_different_videos_are_not(real_data):
+    train = real_data / "TrainDataset" / "images"
+    test = real_data / "TestDataset" / "CVC-ClinicDB" / "images"
+    stems = [path.stem for path in sorted(test.iterdir())]
+    tested = [fingerprint(read_image(test / f"{stem}.jpg")) for stem in stems]
+    trained = [fingerprint(read_image(train / f"clinic_{n}.jpg")) for n in (180, 354, 200, 600)]
+    found = find_duplicates({"train": trained, "test": tested})
+    across = [pair for pair in found if pair.first[0] != pair.second[0]]
+    assert [(pair.first[1], stems[pair.second[1]], pair.kind) for pair in across] == [
+        (0, "clinic_181", "near"),
+        (1, "clinic_353", "near"),
+    ]
+
+
+def test_the_hash_is_that_of_a_direct_cosine_sum():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    grey = np.asarray(Image.fromarray(image).convert("L")).astype(float)
+    place = np.arange(64) + 0.5
+    waves = np.cos(np.pi * np.arange(16)[:, None] * place / 64)
+    low = (waves @ grey @ waves.T).ravel()[1:]
+    # scipy's transform scales every frequency by 2, so signs about the median agree.
+    expected = low > np.median(low)
+    np.testing.assert_array_equal(np.unpackbits(fingerprint(image).bits)[:255], expected)
+
+
+def test_data_without_images_give_no_duplicates():
+    assert find_duplicates({"a": [None], "b": []}) == []

@@ -1,4 +1,4 @@
-"""The segmentation loss of the polyp field."""
+"""The segmentation loss of the polyp field, and its form for several classes."""
 
 from __future__ import annotations
 
@@ -36,15 +36,61 @@ def structure_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         )
     dtype = torch.promote_types(logits.dtype, torch.float32)  # half precision loses the sums
     logits, mask = logits.to(dtype), mask.to(dtype)
-    local_mean = functional.avg_pool2d(mask, WINDOW, stride=1, padding=WINDOW // 2)
-    weight = 1 + EDGE_WEIGHT * (local_mean - mask).abs()
-
-    pixels = (1, 2, 3)
+    weight = _border_weight(mask)
     entropy = functional.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    weighted_entropy = (weight * entropy).sum(pixels) / weight.sum(pixels)
+    return (_mean(entropy, weight) + _iou_loss(logits.sigmoid(), mask, weight)).mean()
 
-    probability = logits.sigmoid()
-    intersection = (weight * probability * mask).sum(pixels)
-    union = (weight * (probability + mask)).sum(pixels) - intersection
-    weighted_iou = 1 - (intersection + 1) / (union + 1)
-    return (weighted_entropy + weighted_iou).mean()
+
+def class_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`structure_loss` for several classes, of which the first is the background.
+
+    Weighted cross-entropy plus the weighted IoU losses of the foreground classes, averaged; a pixel
+    weighs as much as it does for the class whose border is nearest. With two classes and logits
+    (0, x) this is the structure loss of x.
+
+    Args:
+        logits: (B, K, H, W), before the softmax; half precision is computed in float32.
+        mask: (B, 1, H, W), class numbers 0 to K - 1.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: K is below 2, or the shapes do not fit together.
+    """
+    if logits.ndim != 4 or logits.shape[1] < 2 or mask.shape != logits[:, :1].shape:
+        raise ValueError(
+            "logits must be (B, K, H, W) with K at least 2 and mask (B, 1, H, W), "
+            f"got {tuple(logits.shape)} and {tuple(mask.shape)}"
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    numbers = mask[:, 0].long()
+    one_hot = functional.one_hot(numbers, logits.shape[1]).permute(0, 3, 1, 2)
+    truth = one_hot[:, 1:].to(logits.dtype)
+    weight = _border_weight(truth).amax(dim=1, keepdim=True)
+    log_probability = logits.log_softmax(dim=1)
+    entropy = functional.nll_loss(log_probability, numbers, reduction="none").unsqueeze(1)
+    iou = _iou_loss(log_probability[:, 1:].exp(), truth, weight)
+    return (_mean(entropy, weight) + iou.mean(dim=1, keepdim=True)).mean()
+
+
+def segmentation_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`structure_loss` of one class (B, 1, H, W), `class_loss` of several."""
+    return (structure_loss if logits.shape[1] == 1 else class_loss)(logits, mask)
+
+
+def _border_weight(mask: torch.Tensor) -> torch.Tensor:
+    local_mean = functional.avg_pool2d(mask, WINDOW, stride=1, padding=WINDOW // 2)
+    return 1 + EDGE_WEIGHT * (local_mean - mask).abs()
+
+
+def _mean(entropy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(B, 1) weighted means over the pixels."""
+    return (weight * entropy).sum((2, 3)) / weight.sum((2, 3))
+
+
+def _iou_loss(probability: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(B, C) weighted IoU losses."""
+    intersection = (weight * probability * mask).sum((2, 3))
+    union = (weight * (probability + mask)).sum((2, 3)) - intersection
+    return 1 - (intersection + 1) / (union + 1)

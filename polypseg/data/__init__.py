@@ -1,6 +1,7 @@
 """Polyp images on disk and in memory: folders, splits, audit, data set, synthetic images."""
 
 from polypseg.data.audit import audit_folder, audit_pairs
+from polypseg.data.classes import CLASS_COLOURS, CLASS_NAMES
 from polypseg.data.dataset import PolypDataset, batches
 from polypseg.data.faults import DataError, Fault
 from polypseg.data.folders import Pair, find_pairs, list_images, scan_pairs
@@ -17,6 +18,8 @@ from polypseg.data.synthetic import make_synthetic
 from polypseg.data.tensors import normalize, resize_image, resize_mask, to_tensor
 
 __all__ = [
+    "CLASS_COLOURS",
+    "CLASS_NAMES",
     "DataError",
     "Fault",
     "Pair",

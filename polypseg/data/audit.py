@@ -14,7 +14,13 @@ from PIL import ExifTags, Image
 from polypseg.data.duplicates import Fingerprint, fingerprint
 from polypseg.data.faults import DataError, Fault
 from polypseg.data.folders import Pair, scan_pairs
-from polypseg.data.reading import binarize, read_grey_mask, read_image, size_fault
+from polypseg.data.reading import (
+    binarize,
+    read_grey_mask,
+    read_image,
+    read_mask,
+    size_fault,
+)
 
 AUDIT_THREADS = 4
 # JPEG moves the values next to a mask's border; values further than this from black and white are
@@ -41,20 +47,24 @@ class Inspection:
     fingerprint: Fingerprint | None = None
 
 
-def audit_folder(root: Path) -> list[Fault]:
+def audit_folder(root: Path, classes: int = 1) -> list[Fault]:
     """All that is wrong with a folder: what cannot be paired, and `audit_pairs` of the rest."""
     pairs, faults = scan_pairs(root)
-    return [*faults, *audit_pairs(pairs)]
+    return [*faults, *audit_pairs(pairs, classes=classes)]
 
 
 def audit_pairs(
-    pairs: Sequence[Pair], progress: Callable[[int, int], None] | None = None
+    pairs: Sequence[Pair],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    classes: int = 1,
 ) -> list[Fault]:
     """Decode every image and mask in full and report all that is wrong with them.
 
     Args:
         pairs: the files, as `find_pairs` gives them.
         progress: called with (pairs done, pairs in all) after each pair, from the calling thread.
+        classes: of the masks: 1, or 3 for NeoPolyp's colours.
 
     Returns:
         In the order of the pairs. Severity "error": a file that cannot be decoded, a mask of
@@ -64,7 +74,7 @@ def audit_pairs(
     """
     return [
         fault
-        for inspection in inspect_pairs(pairs, progress, duplicates=False)
+        for inspection in inspect_pairs(pairs, progress, duplicates=False, classes=classes)
         for fault in inspection.faults
     ]
 
@@ -74,6 +84,7 @@ def inspect_pairs(
     progress: Callable[[int, int], None] | None = None,
     *,
     duplicates: bool = True,
+    classes: int = 1,
 ) -> list[Inspection]:
     """Decode every image and mask and say what each is like; arguments as `audit_pairs`.
 
@@ -82,7 +93,7 @@ def inspect_pairs(
     """
     inspections = []
     with ThreadPoolExecutor(AUDIT_THREADS) as pool:
-        results = pool.map(partial(_inspect, fingerprints=duplicates), pairs)
+        results = pool.map(partial(_inspect, fingerprints=duplicates, classes=classes), pairs)
         for done, inspection in enumerate(results, start=1):
             inspections.append(inspection)
             if progress is not None:
@@ -90,14 +101,20 @@ def inspect_pairs(
     return inspections
 
 
-def _inspect(pair: Pair, fingerprints: bool) -> Inspection:
+def _inspect(pair: Pair, fingerprints: bool, classes: int) -> Inspection:
     faults: list[Fault] = []
     image = _read(read_image, pair.image, faults)
-    grey = _read(read_grey_mask, pair.mask, faults)
-    if image is not None and grey is not None:
-        if image.shape[:2] != grey.shape:
-            faults.append(size_fault(pair, image.shape[:2], grey.shape))
-        faults.extend(_mask_values(pair.mask, grey))
+    if classes == 1:
+        stored = _read(read_grey_mask, pair.mask, faults)
+    else:
+        stored = _read(partial(read_mask, classes=classes), pair.mask, faults)
+    polyp = stored if stored is None or classes > 1 else binarize(stored)
+    if image is not None and stored is not None and polyp is not None:
+        if image.shape[:2] != stored.shape:
+            faults.append(size_fault(pair, image.shape[:2], stored.shape))
+        values = _grey_values(pair.mask, stored) if classes == 1 else []
+        # A mask of unknown values is neither empty nor full.
+        faults.extend(values or _extent(pair.mask, polyp))
         if _orientation(pair.image) != _orientation(pair.mask):
             remedy = "check that the mask lies on the polyp, then rotate the pixels, drop the tag"
             problem = f"EXIF orientation differs from that of its mask {pair.mask.name}"
@@ -106,7 +123,7 @@ def _inspect(pair: Pair, fingerprints: bool) -> Inspection:
         pair,
         faults,
         size=None if image is None else (image.shape[0], image.shape[1]),
-        polyp_share=None if grey is None else float(binarize(grey).mean()),
+        polyp_share=None if polyp is None else float((polyp > 0).mean()),
         fingerprint=fingerprint(image) if fingerprints and image is not None else None,
     )
 
@@ -119,7 +136,7 @@ def _read(read: Callable[[Path], np.ndarray], path: Path, faults: list[Fault]) -
         return None
 
 
-def _mask_values(path: Path, grey: np.ndarray) -> list[Fault]:
+def _grey_values(path: Path, grey: np.ndarray) -> list[Fault]:
     brightest = int(grey.max())
     between = float(((grey > NOISE) & (grey < 255 - NOISE)).mean())
     remedy = "save the mask in black (0) and white (255), or as 0 and 1"
@@ -128,10 +145,13 @@ def _mask_values(path: Path, grey: np.ndarray) -> list[Fault]:
     if NOISE < brightest < 128:
         problem = f"mask has no white pixel, its brightest is {brightest} of 255"
         return [Fault(path, problem, remedy)]
-    polyp = binarize(grey)
-    if not polyp.any():
+    return []
+
+
+def _extent(path: Path, mask: np.ndarray) -> list[Fault]:
+    if not mask.any():
         return [Fault(path, "mask is empty", "make sure the image shows no polyp", "warning")]
-    if polyp.all():
+    if mask.all():
         return [Fault(path, "mask is full", "make sure all of the image is polyp", "warning")]
     return []
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from polypseg.data.classes import class_numbers
 from polypseg.data.faults import DataError, Fault
 from polypseg.data.folders import Pair
 
@@ -34,24 +36,28 @@ def read_image(path: Path | str) -> np.ndarray:
     return np.array(_decode(Path(path)).convert("RGB"))
 
 
-def read_mask(path: Path | str) -> np.ndarray:
-    """Read a polyp mask as zeros and ones.
+def read_mask(path: Path | str, classes: int = 1) -> np.ndarray:
+    """Read a polyp mask as class numbers.
 
-    A 1-bit mask is taken as it is, a mask whose largest value is 1 counts anything above 0 as
-    polyp, any other is cut at 128 of 255. The mask's own EXIF orientation is applied, by the same
-    rule as for images.
+    With one class, a 1-bit mask is taken as it is, a mask whose largest value is 1 counts anything
+    above 0 as polyp, any other is cut at 128 of 255. With three, see `class_numbers`. The mask's
+    own EXIF orientation is applied, by the same rule as for images.
 
     Args:
         path: the mask file.
+        classes: 1 (polyp) or 3 (background, neoplastic, non-neoplastic).
 
     Returns:
-        (H, W) uint8, 1 = polyp.
+        (H, W) uint8; 1 = polyp, or 0, 1 and 2 with three classes.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, or painted in colours (several
-            classes).
+        DataError: the file is missing, truncated, not an image, or painted in other colours than
+            its classes have.
     """
-    return binarize(read_grey_mask(path))
+    if classes == 1:
+        return binarize(read_grey_mask(path))
+    path = Path(path)
+    return class_numbers(_decode(path), path)
 
 
 def read_grey_mask(path: Path | str) -> np.ndarray:
@@ -67,7 +73,10 @@ def read_grey_mask(path: Path | str) -> np.ndarray:
         raise DataError(
             [
                 Fault(
-                    path, "mask is painted in colours", "a polyp mask is black and white, one class"
+                    path,
+                    "mask is painted in colours",
+                    "a polyp mask is black and white, one class; for black, red and green masks "
+                    "set model.classes=3",
                 )
             ]
         )
@@ -80,15 +89,15 @@ def binarize(grey: np.ndarray) -> np.ndarray:
     return (grey >= threshold).astype(np.uint8)
 
 
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image and its mask: (H, W, 3) uint8 and (H, W) uint8 of zeros and ones.
+def read_pair(pair: Pair, classes: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image (H, W, 3) uint8 and its mask (H, W) uint8 of class numbers (`read_mask`).
 
     Raises:
         DataError: either cannot be read (both are named if both), or they differ in size.
     """
     faults: list[Fault] = []
     arrays: list[np.ndarray] = []
-    for read, path in ((read_image, pair.image), (read_mask, pair.mask)):
+    for read, path in ((read_image, pair.image), (partial(read_mask, classes=classes), pair.mask)):
         try:
             arrays.append(read(path))
         except DataError as error:

@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -20,10 +20,13 @@ CLINIC_SEQUENCE_ENDS = (
     25, 50, 67, 78, 103, 126, 151, 177, 199, 205, 227, 252, 277, 297, 317,
     342, 363, 383, 408, 428, 447, 466, 478, 503, 528, 546, 571, 591, 612,
 )  # fmt: skip
-# Digest (see `_digest`) of the stems of the field's training set: 900 of Kvasir-SEG and 550 of CVC-
-# ClinicDB.
+# `stems_digest` of the field's training set: 900 of Kvasir-SEG and 550 of CVC-ClinicDB.
 TRAIN_DIGEST = "e99504cc3e158989f78060b0b0b358cf0e193f1a0f1554a7e0627aefaa5cdf8c"
+# The same of NeoPolyp-Small's 1000.
+NEOPOLYP_DIGEST = "9bb9c36bc98191a2eb6a1d724b01f0f887124d86ab808bdbd11cde21f931b709"
 VALIDATION_LIST = "polyp_val.txt"
+NEOPOLYP_VALIDATION_LIST = "neopolyp_val.txt"
+NEOPOLYP_TEST_LIST = "neopolyp_test.txt"
 VALIDATION_SEED = 3  # the first, counting from 0, whose sequences make exactly 55 frames
 KVASIR_HELD_OUT = 90
 CLINIC_HELD_OUT = 55
@@ -32,11 +35,15 @@ RANDOM_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class Split:
-    """Training and validation pairs, and in words how they were parted."""
+    """Training and validation pairs, in words how they were parted, and pairs kept for testing.
+
+    `test` is empty where the test images lie in folders of their own (`test_folders`).
+    """
 
     train: list[Pair]
     val: list[Pair]
     rule: str
+    test: list[Pair] = field(default_factory=list)
 
 
 def split_for(root: Path, seed: int = 0) -> Split:
@@ -48,15 +55,18 @@ def split_for(root: Path, seed: int = 0) -> Split:
         seed: of the random split; the published one does not depend on it.
 
     Returns:
-        The published split where the stems are exactly the field's 1450, otherwise a random one
-        that holds out 10 %.
+        The published split where the stems are exactly the field's 1450, the committed one of
+        NeoPolyp-Small where they are its 1000, otherwise a random one that holds out 10 %.
 
     Raises:
         DataError: as `find_pairs`.
     """
     pairs = find_pairs(training_folder(root))
-    if _digest([pair.stem for pair in pairs]) == TRAIN_DIGEST:
+    digest = stems_digest([pair.stem for pair in pairs])
+    if digest == TRAIN_DIGEST:
         return published_split(pairs)
+    if digest == NEOPOLYP_DIGEST:
+        return neopolyp_split(pairs)
     return random_split(pairs, RANDOM_FRACTION, seed)
 
 
@@ -75,7 +85,7 @@ def published_split(train_pairs: Sequence[Pair]) -> Split:
     Raises:
         ValueError: the pairs are not exactly the standard 1450.
     """
-    if _digest([pair.stem for pair in train_pairs]) != TRAIN_DIGEST:
+    if stems_digest([pair.stem for pair in train_pairs]) != TRAIN_DIGEST:
         raise ValueError(
             f"train_pairs ({len(train_pairs)}) are not the field's standard training set (900 "
             "Kvasir-SEG + 550 CVC-ClinicDB images, `clinic_` prefix); use random_split for others"
@@ -104,7 +114,7 @@ def random_split(pairs: Sequence[Pair], fraction: float, seed: int) -> Split:
     if len(pairs) < 2:
         raise ValueError(f"pairs holds {len(pairs)}; a split needs at least 2")
     count = min(max(1, round(fraction * len(pairs))), len(pairs) - 1)
-    held_out = set(_shuffled([pair.stem for pair in pairs], seed)[:count])
+    held_out = set(shuffled([pair.stem for pair in pairs], seed)[:count])
     return Split(
         [pair for pair in pairs if pair.stem not in held_out],
         [pair for pair in pairs if pair.stem in held_out],
@@ -150,12 +160,48 @@ def test_folders(root: Path) -> dict[str, Path]:
 test_folders.__test__ = False  # type: ignore[attr-defined]  # its name makes pytest take it for a test
 
 
+def neopolyp_split(pairs: Sequence[Pair]) -> Split:
+    """Part NeoPolyp-Small's 1000 images into 720 that train, 80 that validate and 200 that test.
+
+    The competition's own 200 test masks are not public. `polypseg.data.neopolyp` made the lists.
+
+    Raises:
+        ValueError: the pairs are not exactly those 1000.
+    """
+    if stems_digest([pair.stem for pair in pairs]) != NEOPOLYP_DIGEST:
+        raise ValueError(
+            f"pairs ({len(pairs)}) are not the 1000 images of NeoPolyp-Small; use random_split"
+        )
+    test, val = (set(read_list(name)) for name in (NEOPOLYP_TEST_LIST, NEOPOLYP_VALIDATION_LIST))
+    return Split(
+        [pair for pair in pairs if pair.stem not in test | val],
+        [pair for pair in pairs if pair.stem in val],
+        f"committed: {NEOPOLYP_VALIDATION_LIST}, {NEOPOLYP_TEST_LIST}",
+        [pair for pair in pairs if pair.stem in test],
+    )
+
+
+def read_list(name: str) -> list[str]:
+    """The stems of a committed list, whose first line holds their SHA-256 digest.
+
+    Raises:
+        ValueError: the list was changed since it was made.
+    """
+    path = resources.files("polypseg.data") / "lists" / name
+    head, *stems = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if head != list_head(stems):
+        raise ValueError(f"{path}: the stems do not match the digest in its first line")
+    return stems
+
+
+def list_head(stems: Sequence[str]) -> str:
+    """The first line of a committed list."""
+    return f"# sha256 of the sorted stems: {stems_digest(stems)}"
+
+
 def published_validation_stems() -> list[str]:
     """Return the committed validation stems of the field's standard training set."""
-    text = (resources.files("polypseg.data") / "lists" / VALIDATION_LIST).read_text(
-        encoding="utf-8"
-    )
-    return text.split()
+    return read_list(VALIDATION_LIST)
 
 
 def make_validation_list(stems: Sequence[str], seed: int = VALIDATION_SEED) -> list[str]:
@@ -174,9 +220,9 @@ def make_validation_list(stems: Sequence[str], seed: int = VALIDATION_SEED) -> l
             clinic[clinic_sequence(stem)].append(stem)
         else:
             kvasir.append(stem)
-    chosen = _shuffled(kvasir, seed)[:KVASIR_HELD_OUT]
+    chosen = shuffled(kvasir, seed)[:KVASIR_HELD_OUT]
     frames: list[str] = []
-    for sequence in _shuffled([str(number) for number in clinic], seed):
+    for sequence in shuffled([str(number) for number in clinic], seed):
         candidates = clinic[int(sequence)]
         if len(frames) + len(candidates) <= CLINIC_HELD_OUT:
             frames.extend(candidates)
@@ -194,11 +240,13 @@ def clinic_sequence(stem: str) -> int:
     return bisect_left(CLINIC_SEQUENCE_ENDS, frame)
 
 
-def _shuffled(names: Sequence[str], seed: int) -> list[str]:
+def shuffled(names: Sequence[str], seed: int) -> list[str]:
+    """The names in an order that they and the seed alone decide."""
     # By hash and not by a random generator: the order is the same for ever, whatever the version of
     # Python or NumPy, and whatever order the file system lists the names in.
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
-def _digest(stems: Sequence[str]) -> str:
+def stems_digest(stems: Sequence[str]) -> str:
+    """SHA-256 of the sorted stems, one a line."""
     return hashlib.sha256("\n".join(sorted(stems)).encode()).hexdigest()

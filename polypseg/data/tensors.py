@@ -19,12 +19,23 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """Resize a mask (H, W) uint8 of zeros and ones to (size, size).
+    """Resize a mask (H, W) uint8 of class numbers to (size, size).
 
-    A pixel is polyp where at least half of what it covers is.
+    A pixel takes the class that covers most of it; of two that cover half each, the higher one.
     """
-    soft = Image.fromarray(mask * np.uint8(255)).resize((size, size), Image.Resampling.BILINEAR)
-    return (np.asarray(soft) >= 128).astype(np.uint8)
+    soft = [_cover(mask == number, size) for number in range(1, int(mask.max(initial=0)) + 1)]
+    if not soft:
+        return np.zeros((size, size), np.uint8)
+    if len(soft) == 1:
+        return (soft[0] >= 128).astype(np.uint8)
+    cover = np.stack([_cover(mask == 0, size), *soft])[::-1]
+    return (len(cover) - 1 - cover.argmax(axis=0)).astype(np.uint8)
+
+
+def _cover(region: np.ndarray, size: int) -> np.ndarray:
+    """How much of each of (size, size) pixels a boolean region covers, 0 to 255."""
+    full = Image.fromarray(region.astype(np.uint8) * np.uint8(255))
+    return np.asarray(full.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def normalize(image: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import uniform_filter
-from scipy.special import expit
+from scipy.special import expit, softmax
 from torch.nn import functional
 
-from polypseg.losses import structure_loss
+from polypseg.losses import class_loss, segmentation_loss, structure_loss
 
 
 def blob_mask(size: int = 48) -> torch.Tensor:
@@ -108,3 +108,54 @@ def test_half_precision_is_summed_in_float32() -> None:
 def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"must both be \(B, 1, H, W\)"):
         structure_loss(torch.zeros(shape), torch.zeros(2, 1, 8, 8))
+
+
+def test_two_classes_are_the_structure_loss() -> None:
+    mask = blob_mask()
+    logits = random_logits(mask)
+    two = torch.cat([torch.zeros_like(logits), logits], dim=1) + 0.7  # a softmax ignores a shift
+    torch.testing.assert_close(segmentation_loss(two, mask), structure_loss(logits, mask))
+    torch.testing.assert_close(segmentation_loss(logits, mask), structure_loss(logits, mask))
+
+
+def three_class_mask() -> torch.Tensor:
+    mask = blob_mask()[1:]
+    mask[..., 5:15, 25:40] = 2.0
+    return mask
+
+
+def test_three_classes_agree_with_numpy() -> None:
+    mask = three_class_mask()
+    logits = random_logits(mask.expand(1, 3, -1, -1))
+    z, m = logits[0].numpy(), mask[0, 0].numpy()
+    p = softmax(z, axis=0)
+    w = np.maximum(pixel_weights((m == 1) * 1.0), pixel_weights((m == 2) * 1.0))
+    right = np.choose(m.astype(int), p)
+    expected = -(w * np.log(right)).sum() / w.sum()
+    for number in (1, 2):
+        truth = m == number
+        intersection, total = (w * p[number] * truth).sum(), (w * (p[number] + truth)).sum()
+        expected += (1 - (intersection + 1) / (total - intersection + 1)) / 2
+    assert class_loss(logits, mask).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_wrong_polyp_class_costs_more_than_the_right_one() -> None:
+    mask = three_class_mask().float()
+    right = 20 * functional.one_hot(mask[:, 0].long(), 3).permute(0, 3, 1, 2).float()
+    swapped = right[:, [0, 2, 1]]
+    assert class_loss(right, mask).item() < 1e-4
+    assert class_loss(swapped, mask).item() > 2
+
+
+def test_gradient_of_three_classes() -> None:
+    mask = three_class_mask()[..., ::4, ::4]
+    logits = random_logits(mask.expand(1, 3, -1, -1)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: class_loss(z, mask), logits)
+
+
+@pytest.mark.parametrize(("logits", "mask"), [((2, 1, 8, 8), (2, 1, 8, 8)),
+                                              ((2, 3, 8, 8), (2, 3, 8, 8)),
+                                              ((2, 3, 8, 8), (2, 1, 8, 9))])  # fmt: skip
+def test_wrong_shapes_of_classes_are_refused(logits: tuple, mask: tuple) -> None:
+    with pytest.raises(ValueError, match=r"K at least 2 and mask \(B, 1, H, W\)"):
+        class_loss(torch.zeros(logits), torch.zeros(mask))

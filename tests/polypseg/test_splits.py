@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from polypseg.data import splits
+from polypseg.data import neopolyp, splits
 from polypseg.data.faults import DataError
 from polypseg.data.folders import Pair, find_pairs
 
@@ -69,6 +69,38 @@ def test_published_split_refuses_any_other_set(real_data: Path) -> None:
     pairs = find_pairs(real_data / "TrainDataset")
     with pytest.raises(ValueError, match=r"\(1449\) are not the field's standard"):
         splits.published_split(pairs[1:])
+
+
+def test_neopolyp_is_parted_by_its_lists(real_data: Path) -> None:
+    root = real_data / "NeoPolyp-Small"
+    split = splits.split_for(root, seed=5)
+    parts = [{pair.stem for pair in part} for part in (split.train, split.val, split.test)]
+    assert [len(part) for part in parts] == [720, 80, 200]
+    assert set.union(*parts) == {pair.stem for pair in find_pairs(root)}
+    with pytest.raises(ValueError, match=r"\(999\) are not the 1000 images of NeoPolyp"):
+        splits.neopolyp_split(find_pairs(root)[1:])
+
+
+@pytest.mark.slow
+def test_neopolyp_lists_are_what_the_function_makes(real_data: Path) -> None:
+    pairs = find_pairs(real_data / "NeoPolyp-Small")
+    test, validation = neopolyp.make_lists(pairs)
+    assert test == splits.read_list("neopolyp_test.txt")
+    assert validation == splits.read_list("neopolyp_val.txt")
+    side = dict.fromkeys(test, 1) | dict.fromkeys(validation, 2)
+    for group in neopolyp.near_duplicates(pairs).values():
+        assert len({side.get(stem, 0) for stem in group}) == 1
+
+
+def test_a_changed_list_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lists").mkdir()
+    path = tmp_path / "lists" / "x.txt"
+    monkeypatch.setattr(splits.resources, "files", lambda package: tmp_path)
+    path.write_text("\n".join([splits.list_head(["a", "b"]), "a", "b", ""]))
+    assert splits.read_list("x.txt") == ["a", "b"]
+    path.write_text(path.read_text().replace("\nb", "\nc"))
+    with pytest.raises(ValueError, match=r"x\.txt: the stems do not match"):
+        splits.read_list("x.txt")
 
 
 def test_random_split_parts_everything_reproducibly() -> None:

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
-
-
-class ImageInitializer(nn.Module):
-    """One 2-D convolution and ReLU on the injected features (HyperPolypDEQ, figure 2).
-
-    Args:
-        inputs: channels of f's first input (B, inputs, H, W).
-        channels: channels of the state (B, channels, H, W).
-        kernel_size: odd size of the convolution.
-    """
-
-    def __init__(self, inputs: int, channels: int, kernel_size: int = 3):
-        super().__init__()
-        self.convolution = nn.Conv2d(inputs, channels, kernel_size, padding=kernel_size // 2)
-
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        return self.convolution(x).relu()
+from torch.nn import functional as F
 
 
 class VectorInitializer(nn.Module):
@@ -33,9 +19,108 @@ class VectorInitializer(nn.Module):
 
     def __init__(self, inputs: int, features: int, width: int = 100):
         super().__init__()
+        self.arguments = {"inputs": inputs, "features": features, "width": width}
         self.layers = nn.Sequential(
             nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, features, bias=False)
         )
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class SequenceInitializer(nn.Module):
+    """``ReLU(Conv1d(x)) W`` with a small inner width (Bai, Koltun & Kolter, ICLR 2022, section 4).
+
+    Args:
+        inputs: features of f's first input (B, T, inputs).
+        features: features of the state (B, T, features).
+        width: inner width.
+        kernel_size: size of the convolution over time; odd unless causal.
+        causal: let an output see no later input, as autoregressive models need. The alpha/beta
+            network still pools over all of time.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        features: int,
+        width: int = 100,
+        kernel_size: int = 3,
+        causal: bool = False,
+    ):
+        super().__init__()
+        self.arguments = {
+            "inputs": inputs,
+            "features": features,
+            "width": width,
+            "kernel_size": kernel_size,
+            "causal": causal,
+        }
+        past = kernel_size - 1 if causal else kernel_size // 2
+        self.padding = (past, kernel_size - 1 - past)
+        self.convolution = nn.Conv1d(inputs, width, kernel_size)
+        self.read = nn.Linear(width, features, bias=False)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        inner = self.convolution(F.pad(x.transpose(1, 2), self.padding)).relu()
+        return self.read(inner.transpose(1, 2))
+
+
+class ImageInitializer(nn.Module):
+    """One 2-D convolution and ReLU on the injected features (HyperPolypDEQ, figure 2).
+
+    Args:
+        inputs: channels of f's first input (B, inputs, H, W).
+        channels: channels of the state (B, channels, H, W).
+        kernel_size: odd size of the convolution.
+    """
+
+    def __init__(self, inputs: int, channels: int, kernel_size: int = 3):
+        super().__init__()
+        self.arguments = {"inputs": inputs, "channels": channels, "kernel_size": kernel_size}
+        self.convolution = nn.Conv2d(inputs, channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return self.convolution(x).relu()
+
+
+class MultiScaleInitializer(nn.Module):
+    """One `ImageInitializer` a scale, on average-pooled features, for the states of an MDEQ.
+
+    Args:
+        inputs: channels of f's first input (B, inputs, H, W).
+        channels: of each scale; scale i of the state is
+            (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])).
+        kernel_size: odd size of the convolutions.
+        strides: of each scale relative to the input; 1, 2, 4, ... if None.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        channels: Sequence[int],
+        kernel_size: int = 3,
+        strides: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        strides = [2**scale for scale in range(len(channels))] if strides is None else strides
+        if len(strides) != len(channels):
+            raise ValueError(
+                f"strides must have one entry a scale: {len(channels)} channels, {list(strides)}"
+            )
+        self.arguments = {
+            "inputs": inputs,
+            "channels": list(channels),
+            "kernel_size": kernel_size,
+            "strides": list(strides),
+        }
+        self.strides = tuple(strides)
+        self.scales = nn.ModuleList(
+            ImageInitializer(inputs, each, kernel_size) for each in channels
+        )
+
+    def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            scale(x if stride == 1 else F.avg_pool2d(x, stride, ceil_mode=True))
+            for scale, stride in zip(self.scales, self.strides, strict=True)
+        )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from deqsolvers.solvers.base import check_count
 
 
 class AlphaBetaNetwork(nn.Module):
@@ -29,7 +33,17 @@ class AlphaBetaNetwork(nn.Module):
         self, features: int, memory: int = 5, width: int = 64, kernel_size: int = 3, groups: int = 8
     ):
         super().__init__()
-        self.memory = memory
+        if groups < 1 or width % groups:
+            raise ValueError(f"groups must divide width={width}, got {groups}")
+        self.memory = check_count("memory", memory)
+        self.features = features
+        self.arguments = {
+            "features": features,
+            "memory": memory,
+            "width": width,
+            "kernel_size": kernel_size,
+            "groups": groups,
+        }
         self.mix = nn.Sequential(
             nn.Conv1d(features, width, kernel_size, padding=kernel_size // 2),
             nn.GroupNorm(groups, width),
@@ -58,11 +72,21 @@ class AlphaBetaNetwork(nn.Module):
         return alpha, 1 + out[:, -1:]
 
 
+def pool_vectors(residual: Tensor) -> Tensor:
+    """Vectors (B, C) are as small as they need be."""
+    return residual
+
+
+def pool_sequences(residual: Tensor) -> Tensor:
+    """Mean over time, (B, T, C) -> (B, C)."""
+    return residual.mean(dim=1)
+
+
 def pool_images(residual: Tensor) -> Tensor:
     """Global average pool, (B, C, H, W) -> (B, C)."""
     return residual.mean(dim=(2, 3))
 
 
-def pool_vectors(residual: Tensor) -> Tensor:
-    """Vectors (B, C) are as small as they need be."""
-    return residual
+def pool_scales(residual: Sequence[Tensor]) -> Tensor:
+    """Global average pool of each scale, side by side: (B, sum of channels)."""
+    return torch.cat([pool_images(scale) for scale in residual], dim=1)

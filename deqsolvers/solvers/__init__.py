@@ -3,6 +3,7 @@
 from deqsolvers.solvers.anderson import Anderson
 from deqsolvers.solvers.base import History, Memory, Solver
 from deqsolvers.solvers.broyden import Broyden
+from deqsolvers.solvers.hand_over import HandOver
 from deqsolvers.solvers.picard import Picard
 
-__all__ = ["Anderson", "Broyden", "History", "Memory", "Picard", "Solver"]
+__all__ = ["Anderson", "Broyden", "HandOver", "History", "Memory", "Picard", "Solver"]

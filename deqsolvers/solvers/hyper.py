@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deqsolvers.hypersolver.initializers import ImageInitializer, VectorInitializer
-from deqsolvers.hypersolver.network import AlphaBetaNetwork, pool_images, pool_vectors
+from deqsolvers.hypersolver.initializers import (
+    ImageInitializer,
+    MultiScaleInitializer,
+    SequenceInitializer,
+    VectorInitializer,
+)
+from deqsolvers.hypersolver.network import (
+    AlphaBetaNetwork,
+    pool_images,
+    pool_scales,
+    pool_sequences,
+    pool_vectors,
+)
+from deqsolvers.hypersolver.preconditioners import ImagePreconditioner, VectorPreconditioner
 from deqsolvers.solvers.base import History, Memory, Solver
 from deqsolvers.state import Layout
+
+
+@dataclass(frozen=True)
+class FittedOn:
+    """What a HyperSolver was last fitted on; see `fit_hypersolver`.
+
+    Attributes:
+        f: class of the DEQ's f.
+        parameters: how many f has.
+        state: shape of each tensor of the state, without the batch.
+        samples: training samples of the last epoch that had a reliable z*.
+        epochs: that were run.
+        steps: K, unrolled steps.
+        distances: mean relative distance to z* after 0 .. K steps, at the end of the fit.
+    """
+
+    f: str
+    parameters: int
+    state: tuple[tuple[int, ...], ...]
+    samples: int
+    epochs: int
+    steps: int
+    distances: tuple[float, ...]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(str(shape) for shape in self.state)
+        return (
+            f"{self.f} ({self.parameters} parameters), state {shapes}, {self.samples} samples, "
+            f"{self.epochs} epochs, {self.steps} steps: distance to z* {self.distances[0]:.1e} at "
+            f"the start, {self.distances[-1]:.1e} at the end"
+        )
 
 
 @dataclass
@@ -34,47 +77,123 @@ class HyperSolver(nn.Module, Solver):
     state's width.
 
     An untrained HyperSolver is plain fixed-point iteration from an untrained guess; train it with
-    `fit_hypersolver`.
+    `fit_hypersolver`. Past the steps that it was fitted for it may stall: `HandOver` then gives the
+    rest to a classic solver.
 
     Args:
         initializer: called with f's inputs; returns a state.
-        network: maps a series of pooled residuals (B, k, features) to alpha (B, k) and beta (B, 1).
+        network: maps a series of pooled residuals (B, k, features) to alpha (B, k) and beta (B, 1);
+            its ``memory`` is m, the past pairs kept beside the current one.
         pool: maps a residual, in the structure of the state, to (B, features).
-        memory: m, past pairs kept beside the current one, at least 1.
+        preconditioner: beyond the paper: a linear map of the mixed residual, in the structure of
+            the state, before beta scales it; None leaves it as it is.
+
+    Attributes:
+        fitted_on: a `FittedOn`, None before a fit.
     """
 
     def __init__(
         self,
         initializer: nn.Module,
-        network: AlphaBetaNetwork,
+        network: nn.Module,
         pool: Callable[[Any], Tensor],
+        preconditioner: nn.Module | None = None,
     ):
         super().__init__()
         self.initializer = initializer
         self.network = network
         self.pool = pool
-        self.memory = network.memory
+        self.preconditioner = preconditioner
+        self.memory: int = network.memory  # type: ignore[assignment]
+        self.fitted_on: FittedOn | None = None
+
+    def extra_repr(self) -> str:
+        return f"fitted on {self.fitted_on}" if self.fitted_on else "not fitted"
+
+    @staticmethod
+    def for_vectors(
+        features: int,
+        *,
+        inputs: int | None = None,
+        memory: int = 5,
+        width: int = 64,
+        initializer_width: int = 100,
+        rank: int = 0,
+    ) -> HyperSolver:
+        """For states (B, features) and a first input (B, inputs).
+
+        Args:
+            features: of the state.
+            inputs: features of the first input; as the state if None.
+            memory: m, past pairs beside the current one.
+            width: of the alpha/beta network, a multiple of 8.
+            initializer_width: inner width of the initializer.
+            rank: of a `VectorPreconditioner`; 0 for none, as in the paper.
+        """
+        return HyperSolver(
+            VectorInitializer(inputs or features, features, initializer_width),
+            AlphaBetaNetwork(features, memory, width),
+            pool_vectors,
+            VectorPreconditioner(features, rank) if rank else None,
+        )
+
+    @staticmethod
+    def for_sequences(
+        features: int,
+        *,
+        inputs: int | None = None,
+        memory: int = 5,
+        width: int = 64,
+        initializer_width: int = 100,
+        causal: bool = False,
+        rank: int = 0,
+    ) -> HyperSolver:
+        """For states (B, T, features) and a first input (B, T, inputs); see `for_vectors`.
+
+        ``causal`` keeps later inputs out of the initializer.
+        """
+        return HyperSolver(
+            SequenceInitializer(inputs or features, features, initializer_width, causal=causal),
+            AlphaBetaNetwork(features, memory, width),
+            pool_sequences,
+            VectorPreconditioner(features, rank) if rank else None,
+        )
 
     @staticmethod
     def for_images(
-        channels: int, *, inputs: int | None = None, memory: int = 5, width: int = 64
+        channels: int,
+        *,
+        inputs: int | None = None,
+        memory: int = 5,
+        width: int = 64,
+        rank: int = 0,
     ) -> HyperSolver:
-        """For states (B, channels, H, W) and a first input (B, inputs, H, W) of the same size."""
+        """For states (B, channels, H, W) and a first input (B, inputs, H, W); see `for_vectors`."""
         return HyperSolver(
             ImageInitializer(inputs or channels, channels),
             AlphaBetaNetwork(channels, memory, width),
             pool_images,
+            ImagePreconditioner(channels, rank) if rank else None,
         )
 
     @staticmethod
-    def for_vectors(
-        features: int, *, inputs: int | None = None, memory: int = 5, width: int = 64
+    def for_scales(
+        channels: Sequence[int],
+        *,
+        inputs: int | None = None,
+        memory: int = 5,
+        width: int = 64,
+        strides: Sequence[int] | None = None,
     ) -> HyperSolver:
-        """For states (B, features) and a first input (B, inputs)."""
+        """For multi-scale states, a tuple of (B, channels[i], H_i, W_i); they share alpha and beta.
+
+        The first input is (B, inputs, H, W), with ``channels[0]`` channels if ``inputs`` is None;
+        for the sizes and ``strides`` of the scales see `MultiScaleInitializer`.
+        """
         return HyperSolver(
-            VectorInitializer(inputs or features, features),
-            AlphaBetaNetwork(features, memory, width),
-            pool_vectors,
+            MultiScaleInitializer(inputs or channels[0], channels, strides=strides),
+            AlphaBetaNetwork(sum(channels), memory, width),
+            pool_scales,
         )
 
     def start(self, *inputs: Any) -> Any:
@@ -100,5 +219,8 @@ class HyperSolver(nn.Module, Solver):
         alpha, beta = self.network(pooled)
         # From time order, oldest first, to the order of the ring's slots.
         alpha = alpha.flip(1)[:, memory.z.ages()].to(z.dtype)
-        memory.mixed = memory.g.combine(alpha)
-        return memory.z.add_to(beta.to(z.dtype) * memory.mixed, alpha)
+        memory.mixed = direction = memory.g.combine(alpha)
+        if self.preconditioner is not None:
+            layout = memory.layout
+            direction = layout.flatten(self.preconditioner(layout.unflatten(direction)))
+        return memory.z.add_to(beta.to(z.dtype) * direction, alpha)

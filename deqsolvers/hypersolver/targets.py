@@ -1,0 +1,136 @@
+"""The fixed points z* that a HyperSolver learns from, and a cache of them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from deqsolvers.deq import DEQ
+from deqsolvers.options import Options
+from deqsolvers.solvers import Anderson, Solver
+from deqsolvers.state import Layout, map_rows
+
+# A z* whose own residual is above this is no target.
+RELIABLE = 1e-2
+_IN_MEMORY = 2**30  # bytes
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one batch can teach: the samples with a reliable z*.
+
+    The others leave the batch here: a weight of zero would not keep their NaN out of the gradient.
+
+    Attributes:
+        inputs: of f, those samples only.
+        goal: (rows, features) their z*.
+        layout: of the state.
+        skipped: how many samples have none.
+    """
+
+    inputs: tuple[Any, ...]
+    goal: Tensor
+    layout: Layout
+    skipped: int
+
+
+class Teacher:
+    """Solves batches for z* with a classic solver, each batch once if there is a cache.
+
+    Args:
+        deq: provides f.
+        solver: `Anderson` with memory 10 if None.
+        tol, max_steps: its relative tolerance and limit.
+        cache: True keeps z* in memory, up to a gibibyte; a folder keeps it there, for later
+            fits too. A batch is known again by its values, and so are f's weights.
+    """
+
+    def __init__(
+        self,
+        deq: DEQ,
+        solver: Solver | None = None,
+        tol: float = 1e-4,
+        max_steps: int = 100,
+        cache: bool | str | Path = False,
+    ):
+        self.solver = solver or Anderson(memory=10)
+        self.max_steps = max_steps
+        self.deq = deq.with_solver(
+            self.solver, raise_on_failure=False, **asdict(Options(tol, max_steps))
+        )
+        self.folder = None if isinstance(cache, bool) else Path(cache)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.caching = cache is not False
+        self._kept: dict[str, tuple[Any, Tensor]] = {}
+        self._bytes = 0
+        self._map = ""
+        if self.caching:
+            weights = list(deq.f.state_dict().values()) if hasattr(deq.f, "state_dict") else []
+            self._map = _digest(weights, f"{self.solver!r} {tol} {max_steps}")
+
+    def target(self, batch: Any) -> Target:
+        """z* for one item of ``batches``: f's inputs, a tensor or a tuple."""
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        z, residual = self._solve(inputs)
+        layout = Layout.of(z)
+        with torch.no_grad():
+            goal = layout.flatten(z)
+            rows = (residual <= RELIABLE).nonzero().squeeze(1)
+            kept = map_rows(lambda leaf: leaf[rows], inputs, len(goal))
+            return Target(kept, goal[rows], layout, len(goal) - len(rows))
+
+    def _solve(self, inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
+        if not self.caching:
+            solution = self.deq.solve(*inputs)
+            return solution.z, solution.residual
+        key = _digest(pytree.tree_leaves(inputs), self._map)
+        file = self.folder / f"{key}.pt" if self.folder is not None else None
+        if key in self._kept:
+            return self._kept[key]
+        if file is not None and file.exists():
+            device = Layout.of(pytree.tree_leaves(inputs)[0]).device
+            stored = torch.load(file, map_location=device, weights_only=True)
+            return stored["z"], stored["residual"]
+        solution = self.deq.solve(*inputs)
+        found = (solution.z, solution.residual)
+        size = sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(found))
+        if file is not None:
+            write_whole(file, {"z": solution.z, "residual": solution.residual})
+        elif self._bytes + size <= _IN_MEMORY:
+            self._kept[key] = found
+            self._bytes += size
+        return found
+
+
+def _digest(leaves: Iterable[Any], text: str) -> str:
+    state = hashlib.blake2b(text.encode(), digest_size=16)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            state.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            values = leaf.detach().resolve_conj().cpu().contiguous().reshape(-1)
+            values = torch.view_as_real(values).reshape(-1) if leaf.is_complex() else values
+            size = values.numel() * values.element_size()
+            state.update((ctypes.c_char * size).from_address(values.data_ptr()))  # without NumPy
+        else:
+            state.update(repr(leaf).encode())
+    return state.hexdigest()
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """`torch.save` that leaves the old file or the new one, whatever interrupts it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""A fast solver for the first steps and a sure one for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deqsolvers.solvers.anderson import Anderson
+from deqsolvers.solvers.base import Memory, Solver, check_count, check_solver
+from deqsolvers.solvers.broyden import Broyden
+from deqsolvers.state import Layout
+
+
+@dataclass
+class _HandOverMemory(Memory):
+    first: Any
+    then: Any
+    handed: Tensor  # (B,) bool, samples that `then` has taken over
+    size: Tensor  # (B,) ||g|| at the last evaluation
+    steps: int = 0
+
+    def take(self, rows: Tensor) -> None:
+        super().take(rows)
+        self.first.take(rows)
+        self.then.take(rows)
+
+
+class HandOver(nn.Module, Solver):
+    """Starts with one solver and hands each sample to another where the first stalls.
+
+    A `HyperSolver` is fast at first and promises nothing later; ``HandOver(hyper)`` goes on from
+    the point reached with `Anderson`, in the same loop, and so promises what Anderson does. The
+    second solver sees every pair (z, f(z)) of the first too, so its first own step already draws on
+    a full history.
+
+    Args:
+        first: takes the first steps, and gives the start.
+        then: takes over; `Anderson` with its defaults if None.
+        slowest: a sample whose ``||f(z) - z||`` falls to more than this fraction in one step of
+            ``first`` is handed over. So is one for which ``first`` returns a non-finite state.
+        after: hand every sample over after so many steps; None sets no limit.
+
+    Raises:
+        TypeError: ``then`` is `Broyden`, whose updates hold along its own steps only.
+        ValueError: ``slowest`` or ``after`` is out of range.
+    """
+
+    def __init__(
+        self,
+        first: Solver,
+        then: Solver | None = None,
+        *,
+        slowest: float = 0.5,
+        after: int | None = None,
+    ):
+        super().__init__()
+        check_solver(first)
+        self.first = first
+        self.then = Anderson() if then is None else then
+        check_solver(self.then)
+        if isinstance(self.then, Broyden):
+            raise TypeError(
+                "then must be a solver that can use another's history, such as Anderson(); "
+                "Broyden's updates hold along its own steps only"
+            )
+        if not slowest > 0:
+            raise ValueError(f"slowest must be a fraction above 0, got {slowest}")
+        self.slowest = slowest
+        self.after = None if after is None else check_count("after", after)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{type(self.first).__name__} -> {self.then!r}, slowest={self.slowest}, "
+            f"after={self.after}"
+        )
+
+    def start(self, *inputs: Any) -> Any | None:
+        return self.first.start(*inputs)
+
+    def init(self, z: Tensor, layout: Layout) -> _HandOverMemory:
+        return _HandOverMemory(
+            first=self.first.init(z, layout),
+            then=self.then.init(z, layout),
+            handed=torch.zeros(z.shape[0], dtype=torch.bool, device=z.device),
+            size=z.new_full((z.shape[0],), torch.inf),
+        )
+
+    def step(self, memory: _HandOverMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(g.detach(), dim=1)
+        memory.handed = memory.handed | (size > self.slowest * memory.size)
+        memory.size = size
+        sure = self.then.step(memory.then, z, fz, g)
+        if memory.steps == self.after:
+            memory.handed = torch.ones_like(memory.handed)
+        memory.steps += 1
+        may_look = not z.is_cuda and not torch.compiler.is_compiling()
+        if may_look and bool(memory.handed.all()):
+            return sure
+        fast = self.first.step(memory.first, z, fz, g)
+        memory.handed = memory.handed | ~torch.isfinite(fast).all(1)
+        return torch.where(memory.handed.unsqueeze(1), sure, fast)

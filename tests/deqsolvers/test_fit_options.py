@@ -1,0 +1,245 @@
+"""Options of a HyperSolver fit: presets, unrolling, cache, resuming, early stop."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqsolvers import (
+    DEQ,
+    PUBLISHED_WEIGHTS,
+    FitEpoch,
+    HyperSolver,
+    LossWeights,
+    fit_hypersolver,
+)
+from deqsolvers.hypersolver.losses import unroll
+from deqsolvers.hypersolver.targets import Teacher
+from tests.deqsolvers.maps import TanhMap, normal
+
+SIZE = 8
+
+
+class Counting(TanhMap):
+    """Counts its evaluations with and without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(SIZE, dtype=torch.float32)
+        self.calls = {True: 0, False: 0}
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        self.calls[torch.is_grad_enabled()] += 1
+        return super().forward(z, x)
+
+
+def small() -> HyperSolver:
+    torch.manual_seed(0)
+    return HyperSolver.for_vectors(SIZE, memory=3, width=16)
+
+
+def inputs_of(batches: int, seed: int = 0) -> list[Tensor]:
+    common = normal(1, SIZE, seed=99, dtype=torch.float32)
+    return [
+        common + 0.3 * normal(32, SIZE, seed=seed + k, dtype=torch.float32) for k in range(batches)
+    ]
+
+
+def test_presets_are_those_of_the_iclr_papers_table_2() -> None:
+    table = {
+        "wikitext-103": (0.1, 0.05, 1e-4),
+        "imagenet": (0.1, 0.02, 1e-5),
+        "cityscapes": (0.1, 0.02, 1e-5),
+    }
+    assert table == {
+        name: (w.convergence, w.initializer, w.alpha) for name, w in PUBLISHED_WEIGHTS.items()
+    }
+    with pytest.raises(ValueError, match="wikitext-103, imagenet, cityscapes"):
+        fit_hypersolver(small(), DEQ(Counting()), inputs_of(1), weights="coco")
+
+
+def test_the_weight_of_the_alpha_loss_falls_linearly() -> None:
+    weights = LossWeights(alpha=1e-4, final_alpha=2e-6, alpha_decay=0.4)
+    assert weights.alpha_at(0) == pytest.approx(1e-4)
+    assert weights.alpha_at(0.1) == pytest.approx(2e-6 + 0.75 * 9.8e-5)
+    assert weights.alpha_at(0.4) == weights.alpha_at(1) == pytest.approx(2e-6)
+    assert LossWeights(alpha_decay=0).alpha_at(0) == 5e-8
+
+
+def gradients(mode: Any) -> tuple[dict[str, Tensor], Tensor, dict[bool, int]]:
+    f = Counting()
+    deq, hyper = DEQ(f), small()
+    torch.nn.init.normal_(hyper.network.read.weight, std=0.05)  # type: ignore[union-attr, arg-type]
+    target = Teacher(deq).target(inputs_of(1)[0])
+    f.calls = {True: 0, False: 0}
+    path, _ = unroll(hyper, deq, target, 4, mode)
+    path[-1].mean().backward()
+    found = {
+        name: parameter.grad
+        for name, parameter in hyper.named_parameters()
+        if parameter.grad is not None
+    }
+    return found, path, f.calls
+
+
+def test_checkpointing_gives_the_same_gradients_and_evaluates_again() -> None:
+    full, path, calls = gradients("full")
+    again, same, more = gradients("checkpoint")
+    assert calls == {True: 4, False: 0}
+    assert more[True] + more[False] == 8
+    torch.testing.assert_close(path, same)
+    assert full.keys() == again.keys()
+    for name, value in full.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+
+
+def test_truncation_needs_no_gradient_of_f() -> None:
+    """Every step sees its own distance: the last one's gradient is that of one unrolled step."""
+    found, path, calls = gradients("truncate")
+    assert calls == {True: 0, False: 4}
+    torch.testing.assert_close(path, gradients("full")[1])
+    assert not any(found[name].any() for name in found if name.startswith("initializer"))
+    assert float(found["network.read.weight"].abs().sum()) > 0
+
+
+def test_truncated_fits_learn_too() -> None:
+    history = fit_hypersolver(
+        small(), DEQ(Counting()), inputs_of(8), epochs=5, steps=4, lr=1e-2, mode="truncate"
+    )
+    assert history[-1].distances[0] < 0.6 * history[0].distances[0]
+    assert history[-1].distances[-1] < 0.5 * history[0].distances[-1]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_cached_z_star_is_solved_for_once(on_disk: bool, tmp_path: Path) -> None:
+    def fit(cache: bool | Path, epochs: int = 3) -> tuple[int, list[FitEpoch]]:
+        f = Counting()
+        history = fit_hypersolver(
+            small(), DEQ(f), inputs_of(2), epochs=epochs, steps=2, cache=cache
+        )
+        return f.calls[False], history
+
+    plain, without = fit(False)
+    solved, with_cache = fit(tmp_path / "z" if on_disk else True)
+    assert with_cache == without
+    assert solved == plain // 3
+    if on_disk:
+        assert fit(tmp_path / "z") == (0, without)  # a later fit finds them there
+        assert len(list((tmp_path / "z").iterdir())) == 2
+
+
+def test_a_cache_knows_other_weights_and_other_inputs(tmp_path: Path) -> None:
+    deq, other = DEQ(TanhMap(SIZE, dtype=torch.float32)), DEQ(TanhMap(SIZE, seed=3).float())
+    x = inputs_of(1)[0]
+    first = Teacher(deq, cache=tmp_path).target(x).goal
+    torch.testing.assert_close(Teacher(deq, cache=tmp_path).target(x).goal, first)
+    assert not torch.allclose(Teacher(other, cache=tmp_path).target(x).goal, first)
+    shifted = x.clone()
+    shifted[3, 2] += 0.1
+    assert not torch.allclose(Teacher(deq, cache=tmp_path).target(shifted).goal, first)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_a_resumed_fit_repeats_the_uninterrupted_one(stop_at: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"epochs": 4, "steps": 3, "seed": 5, "lr": 1e-2}
+    whole = small()
+    expected = fit_hypersolver(whole, DEQ(Counting()), inputs_of(4), **options)
+
+    def interrupt(epoch: FitEpoch) -> None:
+        if epoch.epoch == stop_at:
+            raise KeyboardInterrupt
+
+    state = tmp_path / "fit.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit_hypersolver(
+            small(), DEQ(Counting()), inputs_of(4), **options, resume=state, on_epoch=interrupt
+        )
+    resumed = small()
+    torch.nn.init.normal_(resumed.network.read.weight)  # type: ignore[union-attr, arg-type]
+    found = fit_hypersolver(resumed, DEQ(Counting()), inputs_of(4), **options, resume=state)
+    assert found == expected
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"fit\.pt holds a fit with"):
+        fit_hypersolver(
+            small(), DEQ(Counting()), inputs_of(4), **{**options, "steps": 2}, resume=state
+        )
+
+
+def test_batches_by_epoch() -> None:
+    seen: list[int] = []
+
+    def batches(epoch: int) -> list[Tensor]:
+        seen.append(epoch)
+        return inputs_of(2, seed=10 * epoch)
+
+    fit_hypersolver(small(), DEQ(Counting()), batches, epochs=3, steps=1)
+    assert seen[-3:] == [0, 1, 2]
+
+
+def test_the_order_of_a_list_follows_from_the_seed() -> None:
+    def order(seed: int) -> float:
+        (epoch,) = fit_hypersolver(
+            small(), DEQ(Counting()), inputs_of(6), epochs=1, steps=2, lr=1e-2, seed=seed
+        )
+        return epoch.loss
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_an_early_stop_keeps_the_best_weights() -> None:
+    """Validation inputs of another kind: learning to solve the training inputs makes them worse."""
+    hyper = small()
+    states: list[dict[str, Tensor]] = []
+
+    def keep(epoch: FitEpoch) -> None:
+        states.append({key: value.clone() for key, value in hyper.state_dict().items()})
+
+    validation = [-20 * inputs_of(1)[0]]
+    history = fit_hypersolver(
+        hyper,
+        DEQ(Counting()),
+        inputs_of(6),
+        epochs=30,
+        steps=2,
+        lr=3e-2,
+        validation=validation,
+        patience=2,
+        on_epoch=keep,
+    )
+    ramp = torch.tensor([1 / 3, 2 / 3])
+    scores = [float((ramp * torch.tensor(epoch.distances[1:])).sum()) for epoch in history]
+    assert len(history) < 30
+    best = scores.index(min(scores))
+    assert best == len(history) - 3
+    for name, value in hyper.state_dict().items():
+        assert torch.equal(value, states[best][name]), name
+
+
+def test_the_worst_sample_is_reported() -> None:
+    (epoch,) = fit_hypersolver(
+        small(), DEQ(Counting()), inputs_of(1), epochs=1, steps=2, validation=inputs_of(2, seed=9)
+    )
+    assert all(w > m for w, m in zip(epoch.worst, epoch.distances, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "half"}, "mode must be one of full, checkpoint, truncate"),
+        ({"patience": 1}, "patience needs validation"),
+        ({"patience": 0, "validation": []}, "patience must be an integer"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_hypersolver(small(), DEQ(Counting()), inputs_of(1), **options)
+
+
+def test_only_a_hypersolver_can_be_fitted() -> None:
+    from deqsolvers import HandOver
+
+    with pytest.raises(TypeError, match="hyper must be a HyperSolver, got HandOver"):
+        fit_hypersolver(HandOver(small()), DEQ(Counting()), inputs_of(1))  # type: ignore[arg-type]

@@ -1,0 +1,189 @@
+"""Handing a solve from one solver to another, sample by sample, inside one loop."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqsolvers import (
+    Anderson,
+    Broyden,
+    HandOver,
+    HyperSolver,
+    Memory,
+    Picard,
+    Solution,
+    Solver,
+    Status,
+    fixed_point,
+)
+from deqsolvers.state import Layout
+from tests.problems import Problem, rotating, symmetric, tanh_deq
+
+
+class Stuck(Solver):
+    """Picard for a while, then it does not move; NaN instead, if asked."""
+
+    def __init__(self, after: int, rows: tuple[int, ...] | None = None, bad: float = 0.0):
+        self.after, self.rows, self.bad = after, rows, bad
+
+    def init(self, z: Tensor, layout: Layout) -> Any:
+        self.calls = 0
+        return Memory()
+
+    def step(self, memory: Any, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.after:
+            return fz
+        stuck = torch.ones(len(z), dtype=torch.bool)
+        if self.rows is not None:
+            stuck[:] = False
+            stuck[list(self.rows)] = True
+        return torch.where(stuck.unsqueeze(1), z + self.bad, fz)
+
+
+def iterates(problem: Problem, solver: Solver, steps: int) -> list[Tensor]:
+    seen: list[Tensor] = []
+    fixed_point(
+        problem.f,
+        problem.z0,
+        problem.inputs,
+        solver=solver,
+        tol=None,
+        max_steps=steps,
+        callback=lambda info: seen.append(info.z.clone()),
+    )
+    return seen
+
+
+def test_a_stuck_solver_is_rescued_from_the_point_reached() -> None:
+    """Alone it ends as stalled; the tolerance is met all the same."""
+    problem = symmetric(0.99)
+    alone = fixed_point(problem.f, problem.z0, problem.inputs, solver=Stuck(3), tol=1e-10)
+    assert (alone.status == Status.STALLED).all()
+    solver = HandOver(Stuck(3), slowest=0.999)
+    rescued = fixed_point(
+        problem.f, problem.z0, problem.inputs, solver=solver, tol=1e-9, max_steps=200
+    )
+    assert rescued.statuses() == [Status.CONVERGED] * 4
+    assert problem.solution is not None
+    torch.testing.assert_close(rescued.z, problem.solution, rtol=1e-6, atol=1e-6)
+
+
+def test_the_second_solver_draws_on_the_history_of_the_first() -> None:
+    """On a linear map of n dimensions, Anderson with n pairs is there one step after it took over.
+
+    Without the history of the plain steps it would need n of its own.
+    """
+    problem = symmetric(0.9)
+    size = problem.z0.shape[1]
+    found = iterates(
+        problem, HandOver(Picard(), Anderson(memory=size), slowest=1e9, after=size), size + 2
+    )
+    assert problem.solution is not None
+
+    def distance(step: int) -> float:
+        assert problem.solution is not None
+        return float((found[step] - problem.solution).norm() / problem.solution.norm())
+
+    assert distance(size) > 1e-2
+    assert distance(size + 1) < 1e-5
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_after_is_the_number_of_steps_of_the_first(after: int) -> None:
+    problem = tanh_deq()
+    found = iterates(problem, HandOver(Picard(), Anderson(), slowest=1e9, after=after), 8)
+    plain = iterates(problem, Picard(), 8)
+    for step in range(after + 1):
+        torch.testing.assert_close(found[step], plain[step])
+    assert not torch.allclose(found[after + 1], plain[after + 1])
+
+
+def test_a_fast_enough_solver_keeps_every_sample() -> None:
+    problem = tanh_deq()
+    found = iterates(problem, HandOver(Picard(), slowest=1e9), 8)
+    torch.testing.assert_close(found, iterates(problem, Picard(), 8))
+
+
+def test_each_sample_is_handed_over_on_its_own() -> None:
+    problem = tanh_deq()
+    solver = HandOver(Stuck(2, rows=(1, 3)), Anderson(), slowest=0.95)
+    found = iterates(problem, solver, 8)
+    plain = iterates(problem, Picard(), 8)
+    others = [0, 2, 4]
+    for step in range(9):
+        torch.testing.assert_close(found[step][others], plain[step][others])
+    assert problem.solution is not None
+    for row in (1, 3):
+        left = (found[8][row] - problem.solution[row]).norm()
+        assert left < (plain[2][row] - problem.solution[row]).norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_step_is_replaced(bad: float) -> None:
+    problem = tanh_deq()
+
+    def solve(solver: Solver) -> Solution:
+        return fixed_point(
+            problem.f, problem.z0, problem.inputs, solver=solver, drop_converged=False
+        )
+
+    assert solve(Stuck(2, (1,), bad)).statuses()[1] == Status.NON_FINITE
+    saved = solve(HandOver(Stuck(2, (1,), bad)))
+    assert saved.converged.all()
+
+
+def test_samples_that_leave_the_batch_change_nothing() -> None:
+    problem = tanh_deq()
+    torch.manual_seed(0)
+    hyper = HyperSolver.for_vectors(16, memory=3).double()
+    torch.nn.init.normal_(hyper.network.read.weight, std=0.05)  # type: ignore[union-attr, arg-type]
+    results = [
+        fixed_point(
+            problem.f,
+            None,
+            problem.inputs,
+            solver=HandOver(hyper, Anderson(), after=4),
+            tol=1e-8,
+            drop_converged=drop,
+        )
+        for drop in (True, False)
+    ]
+    assert results[0].converged.all()
+    assert results[0].rows_evaluated < results[1].rows_evaluated
+    torch.testing.assert_close(results[0].z, results[1].z)
+
+
+def test_an_unfitted_hypersolver_then_keeps_the_promise_of_anderson() -> None:
+    """On a map where plain steps crawl; the start of the HyperSolver is used."""
+    problem = rotating()
+    torch.manual_seed(0)
+    hyper = HyperSolver.for_vectors(12).double()
+    solver = HandOver(hyper, Anderson(memory=12))
+    guess = hyper.start(*problem.inputs).detach()
+    torch.testing.assert_close(solver.start(*problem.inputs), guess)
+    options: dict[str, Any] = {"tol": 1e-9, "max_steps": 60}
+    solution = fixed_point(problem.f, None, problem.inputs, solver=solver, **options)
+    assert solution.converged.all()
+    alone = fixed_point(problem.f, None, problem.inputs, solver=hyper, **options)
+    assert not alone.converged.any()
+
+
+def test_its_modules_are_registered() -> None:
+    hyper = HyperSolver.for_vectors(4)
+    solver = HandOver(hyper)
+    assert set(solver.parameters()) == set(hyper.parameters())
+    assert "Anderson(memory=5" in repr(solver)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match="Broyden"):
+        HandOver(Picard(), Broyden())
+    with pytest.raises(TypeError, match="solver must be a Solver"):
+        HandOver("anderson")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="slowest"):
+        HandOver(Picard(), slowest=0)
+    with pytest.raises(ValueError, match="after must be an integer"):
+        HandOver(Picard(), after=0)

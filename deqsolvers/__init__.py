@@ -11,7 +11,15 @@ from deqsolvers.hypersolver.saving import load_hypersolver, save_hypersolver
 from deqsolvers.normalization import cached_weights
 from deqsolvers.regularization import jacobian_regularizer, spectral_radius
 from deqsolvers.solution import ConvergenceError, ConvergenceWarning, Solution, Status
-from deqsolvers.solvers import Anderson, Broyden, HandOver, Memory, Picard, Solver
+from deqsolvers.solvers import (
+    Anderson,
+    Broyden,
+    HandOver,
+    Memory,
+    NewtonKrylov,
+    Picard,
+    Solver,
+)
 from deqsolvers.solvers.hyper import FittedOn, HyperSolver
 
 __version__ = "0.1.0"
@@ -32,6 +40,7 @@ __all__ = [
     "JacobianFree",
     "LossWeights",
     "Memory",
+    "NewtonKrylov",
     "Phantom",
     "Picard",
     "Shine",

@@ -34,6 +34,7 @@ class Layout:
         dtypes: dtype of each leaf; `unflatten` restores them.
         dtype: real dtype of the matrix: fp32, or fp64 if any leaf has double precision.
         device: where the state lives.
+        epsilon: relative rounding error of f(z), from the narrowest dtype that it passes through.
     """
 
     structure: Any
@@ -41,10 +42,15 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     device: torch.device
+    epsilon: float
 
     @staticmethod
-    def of(state: Any, name: str = "z0") -> Layout:
+    def of(state: Any, name: str = "z0", computed_in: torch.dtype | None = None) -> Layout:
         """The layout of ``state``.
+
+        Args:
+            name: what errors call it.
+            computed_in: a narrower dtype that f computes in (autocast).
 
         Raises:
             TypeError: a leaf is not a floating-point or complex tensor.
@@ -76,6 +82,7 @@ class Layout:
         devices = {leaf.device for leaf in leaves}
         if len(devices) > 1:
             raise ValueError(f"the tensors of {name} lie on different devices: {devices}")
+        narrow = [leaf.dtype for leaf in leaves] + ([computed_in] if computed_in else [])
         double = any(_WORKING_DTYPES[leaf.dtype] is torch.float64 for leaf in leaves)
         return Layout(
             structure,
@@ -83,6 +90,7 @@ class Layout:
             tuple(leaf.dtype for leaf in leaves),
             torch.float64 if double else torch.float32,
             leaves[0].device,
+            max(torch.finfo(dtype).eps for dtype in narrow),
         )
 
     @property

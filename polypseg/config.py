@@ -15,6 +15,7 @@ from deqsolvers.backward import BACKWARDS
 
 MODELS = ("polypdeq-add", "polypdeq-res")
 ENCODERS = ("b0", "b1", "b2", "b3", "b4", "b5")
+PRECISIONS = ("fp32", "bf16", "fp16")
 CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
 
 
@@ -48,6 +49,7 @@ class PhaseConfig:
     weight_decay: float
     clip: float
     ema: float
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,8 @@ def _out_of_range(config: Config) -> list[str]:
 
     one_of("model.name", config.model.name, MODELS)
     one_of("model.encoder", config.model.encoder, ENCODERS)
+    one_of("explicit.precision", config.explicit.precision, PRECISIONS)
+    one_of("implicit.precision", config.implicit.precision, PRECISIONS)
     one_of("implicit.solver", config.implicit.solver, CLASSIC_SOLVERS)
     one_of("implicit.backward", config.implicit.backward, BACKWARDS)
     size = config.data.size

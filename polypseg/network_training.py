@@ -19,7 +19,7 @@ from polypseg.config import ImplicitConfig, PhaseConfig
 from polypseg.data import PolypDataset, batches
 from polypseg.losses import structure_loss
 from polypseg.models import PolypDEQ, build_model, build_solver, load_encoder_weights
-from polypseg.schedule import learning_rate, parameter_groups, rescale
+from polypseg.schedule import autocast, learning_rate, parameter_groups, rescale
 from polypseg.training_run import PHASES, Run
 
 # So many updates in a row without a finite gradient mean that the training is lost.
@@ -52,6 +52,8 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
         solving = {"tol": implicit.tol, "max_steps": implicit.max_steps}
         solver = build_solver(implicit.solver, implicit.memory)
         model.deq = model.deq.with_solver(solver, backward=_backward(implicit), **solving)
+    # Gradients of fp16 underflow unless they are scaled; the others need no scale.
+    scaler = torch.amp.GradScaler(run.device.type, enabled=settings.precision == "fp16")
     average = AveragedModel(
         model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
     )
@@ -68,6 +70,7 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
         run.log.info("%s: resuming after epoch %d of %d", phase, first, settings.epochs)
     run.results.truncate_from(phase, first + 1)
 
@@ -97,27 +100,29 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
             images, masks = rescale(batch, run.config.data.scales, run.device)
             shown: dict[str, Any] = {}
 
-            if not solves:
-                loss = objective = structure_loss(model.explicit(images).logits, masks)
-            else:
-                assert implicit is not None
-                e = model.features(images)
-                z, solution = model.deq(e)
-                loss = objective = structure_loss(model.read_out(z), masks)
-                if torch.rand(()).item() < implicit.jacobian_share:
-                    # Fused attention has no second derivative on the CPU.
-                    with sdpa_kernel(SDPBackend.MATH):
-                        jacobian = jacobian_regularizer(model.deq.f, solution.z, (e,))
-                    objective = loss + implicit.jacobian * jacobian
-                    jacobians.append(jacobian.item())
-                shown = {"calls": solution.calls, "residual": f"{solution.residual.max():.1e}"}
-
             optimizer.zero_grad(set_to_none=True)
-            objective.backward()
+            with autocast(settings.precision, run.device):
+                if not solves:
+                    loss = objective = structure_loss(model.explicit(images).logits, masks)
+                else:
+                    assert implicit is not None
+                    e = model.features(images)
+                    z, solution = model.deq(e)
+                    loss = objective = structure_loss(model.read_out(z), masks)
+                    if torch.rand(()).item() < implicit.jacobian_share:
+                        # Fused attention has no second derivative on the CPU.
+                        with sdpa_kernel(SDPBackend.MATH):
+                            jacobian = jacobian_regularizer(model.deq.f, solution.z, (e,))
+                        objective = loss + implicit.jacobian * jacobian
+                        jacobians.append(jacobian.item())
+                    shown = {"calls": solution.calls, "residual": f"{solution.residual.max():.1e}"}
+            scaler.scale(objective).backward()
+            scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             if not torch.isfinite(norm):
                 skipped += 1
                 in_a_row += 1
+                scaler.update()
                 if in_a_row >= MAX_SKIPPED:
                     raise FloatingPointError(
                         f"{in_a_row} updates in a row had no finite gradient (phase {phase}, epoch "
@@ -125,7 +130,8 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
                     )
                 continue
             in_a_row = 0
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             average.update_parameters(model)
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}", **shown, refresh=False)
@@ -152,6 +158,7 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
                 "model": model.state_dict(),
                 "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
             },
             keep_previous=True,
         )

@@ -1,4 +1,4 @@
-"""Learning rates, parameter groups and image scales of a training."""
+"""Learning rates, parameter groups, precision and image scales of a training."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def learning_rate(settings: PhaseConfig, done: float) -> float:
     left = (done - settings.warmup) / max(1e-9, 1 - settings.warmup)
     swing = (1 + math.cos(math.pi * min(1.0, left))) / 2
     return settings.final_lr + (settings.lr - settings.final_lr) * swing
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Autocast to ``precision`` ("fp32" switches it off)."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def rescale(

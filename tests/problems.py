@@ -32,6 +32,8 @@ class Problem:
         solution: the fixed point, None where it is not known in closed form or there is none.
         relative: whether a relative residual makes sense (False where the fixed point is zero).
         dtype: of the state.
+        condition: a bound of ``||(I - J)^-1||`` at the solution, which turns a residual into an
+            error.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Problem:
     solution: Tensor | None = None
     relative: bool = True
     dtype: torch.dtype = torch.float64
+    condition: float = 2e3
 
 
 def orthogonal(size: int, seed: int = 0) -> Tensor:
@@ -172,6 +175,105 @@ def bratu(strengths: tuple[float, ...] = (0.5, 1.0, 3.0), points: int = 31) -> P
     )
 
 
+def burgers(viscosity: float = 0.03, points: int = 64) -> Problem:
+    """The steady Burgers equation ``u u' = nu u''`` with u(0) = 1 and u(1) = -0.9: a shock.
+
+    The viscous term is inverted; what is left expands strongly, and more so on the way.
+    """
+    width = 1 / (points + 1)
+    laplace = 2 * np.eye(points) - np.eye(points, k=1) - np.eye(points, k=-1)
+    inverse = torch.from_numpy(np.linalg.inv(laplace))
+    ends = torch.tensor([1.0, -0.9], dtype=torch.float64)
+    given = torch.zeros(points, dtype=torch.float64)
+    given[0], given[-1] = ends
+
+    def f(u: Tensor, viscosity: float = viscosity) -> Tensor:
+        whole = torch.cat([ends[:1].expand(len(u), 1), u, ends[1:].expand(len(u), 1)], dim=1)
+        slope = (whole[:, 2:] - whole[:, :-2]) * width / (2 * viscosity)
+        return (given - u * slope) @ inverse
+
+    # The root finder follows the solution from viscosities at which it is smooth.
+    found = np.zeros(points)
+    for stage in (0.2, 0.1, 0.05, viscosity):
+        found = scipy.optimize.root(
+            lambda u, nu=stage: f(torch.from_numpy(u)[None], nu)[0].numpy() - u, found, tol=1e-13
+        ).x
+    z0 = torch.zeros(1, points, dtype=torch.float64)
+    return Problem("burgers", f, z0, solution=torch.from_numpy(found)[None])
+
+
+def expanding_many() -> Problem:
+    """A linear map of 36 features that expands 28 directions, by 1.2 to 3.2."""
+    spectrum = torch.cat([torch.linspace(-0.5, 0.9, 8), torch.linspace(1.2, 3.2, 28)]).double()
+    return linear("expanding many", with_spectrum(spectrum), batch=2)
+
+
+def scipy_quadratic() -> Problem:
+    """Function F of SciPy's tests of its nonlinear solvers, with the root zero."""
+    d = torch.tensor([3.0, 2, 1.5, 1, 0.5], dtype=torch.float64)
+    return Problem(
+        "scipy F",
+        lambda z: z - d * z - 0.01 * z.square().sum(1, keepdim=True) * z,
+        torch.ones(1, 5, dtype=torch.float64),
+        solution=torch.zeros(1, 5, dtype=torch.float64),
+        relative=False,
+    )
+
+
+def scipy_tridiagonal() -> Problem:
+    """Function F3 of SciPy's tests, linear with eigenvalues of f between -2.4 and 0.4."""
+    matrix = torch.tensor([[-2.0, 1, 0], [1, -2, 1], [0, 1, -2]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 2, 3]], dtype=torch.float64)
+    solution = torch.linalg.solve(matrix, b.T).T
+    return Problem("scipy F3", lambda z: z + z @ matrix.T - b, b.clone(), solution=solution)
+
+
+def scipy_powell() -> Problem:
+    """Function F4 of SciPy's tests: Powell's badly scaled function, its unknowns 1e-5 and 9.1."""
+
+    def f(z: Tensor) -> Tensor:
+        x, y = z.unbind(1)
+        first = 1e4 * x * y - 1
+        return z + torch.stack([first, torch.exp(-x) + torch.exp(-y) - 1 - 1e-4], dim=1)
+
+    solution = torch.tensor([[1.0981593296997149e-5, 9.106146739867424]], dtype=torch.float64)
+    z0 = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)
+    return Problem("scipy F4", f, z0, solution=solution)
+
+
+def scipy_two_unknowns() -> Problem:
+    """Function F6 of SciPy's tests."""
+    jacobian = torch.tensor([[-4.256, 14.7], [0.8394989, 0.59964207]], dtype=torch.float64)
+
+    def root(z: Tensor) -> Tensor:
+        x, y = z.unbind(1)
+        first = (x + 3) * (y**5 - 7) + 18
+        return torch.stack([first, torch.sin(y * torch.exp(x) - 1)], dim=1)
+
+    # y e^x = 1 and (x + 3)(y^5 - 7) = -18 hold at (0, 1).
+    return Problem(
+        "scipy F6",
+        lambda z: z - torch.linalg.solve(jacobian, root(z).T).T,
+        torch.tensor([[-0.5, 1.4]], dtype=torch.float64),
+        solution=torch.tensor([[0.0, 1.0]], dtype=torch.float64),
+    )
+
+
+def badly_scaled() -> Problem:
+    """A linear contraction whose unknowns have units from 1e-6 to 1e6."""
+    base = symmetric(0.9)
+    units = torch.logspace(-6, 6, 12, dtype=torch.float64)
+    assert base.solution is not None
+    return replace(
+        base,
+        name="badly scaled",
+        f=lambda z, *inputs: units * base.f(z / units, *inputs),
+        z0=units * base.z0,
+        solution=units * base.solution,
+        condition=math.inf,  # about 1e12: only the residual says anything
+    )
+
+
 def tanh_deq(size: int = 16, batch: int = 5, dtype: torch.dtype = torch.float64) -> Problem:
     """The smallest deep-equilibrium layer."""
     f = TanhMap(size, dtype=dtype)
@@ -262,6 +364,13 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "non-normal": non_normal,
     "expanding": expanding,
     "expanding rotation": expanding_rotation,
+    "expanding many": expanding_many,
+    "badly scaled": badly_scaled,
+    "scipy F": scipy_quadratic,
+    "scipy F3": scipy_tridiagonal,
+    "scipy F4": scipy_powell,
+    "scipy F6": scipy_two_unknowns,
+    "burgers": burgers,
     "chandrasekhar": chandrasekhar,
     "bratu": bratu,
     "tanh": tanh_deq,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deqsolvers.fixed_point import StepInfo, fixed_point
 from deqsolvers.solution import Solution
-from deqsolvers.solvers import Anderson, Broyden, Picard, Solver
+from deqsolvers.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solver
 from deqsolvers.state import Layout
 
 try:
@@ -39,13 +39,14 @@ def register() -> None:
 
     - "deqsolvers_anderson", with torchdeq's options ``m`` (pairs kept) and ``tau`` (damping);
     - "deqsolvers_broyden", with ``LBFGS_thres`` (rank-one terms kept);
+    - "deqsolvers_newton_krylov", with ``m`` (dimension of the Krylov space);
     - "deqsolvers_picard", with ``tau``.
 
     All know ``max_iter``, ``tol``, ``stop_mode``, ``indexing`` and ``return_final`` too. Any other
     option is a TypeError rather than silently ignored; Anderson's ``lam`` is among them, since our
     regularisation is relative and needs no tuning.
     """
-    for solver in (_anderson, _broyden, _picard):
+    for solver in (_anderson, _broyden, _newton_krylov, _picard):
         register_solver(f"deqsolvers{solver.__name__}", solver)
 
 
@@ -90,6 +91,10 @@ def _broyden(
 ) -> _Result:
     solver = Broyden() if LBFGS_thres is None else Broyden(memory=LBFGS_thres)
     return _solve(solver, func, x0, **options)
+
+
+def _newton_krylov(func: Callable[[Any], Any], x0: Any, *, m: int = 20, **options: Any) -> _Result:
+    return _solve(NewtonKrylov(memory=m), func, x0, **options)
 
 
 def _picard(func: Callable[[Any], Any], x0: Any, *, tau: float = 1.0, **options: Any) -> _Result:

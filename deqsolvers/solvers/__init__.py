@@ -4,6 +4,16 @@ from deqsolvers.solvers.anderson import Anderson
 from deqsolvers.solvers.base import History, Memory, Solver
 from deqsolvers.solvers.broyden import Broyden
 from deqsolvers.solvers.hand_over import HandOver
+from deqsolvers.solvers.newton_krylov import NewtonKrylov
 from deqsolvers.solvers.picard import Picard
 
-__all__ = ["Anderson", "Broyden", "HandOver", "History", "Memory", "Picard", "Solver"]
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "HandOver",
+    "History",
+    "Memory",
+    "NewtonKrylov",
+    "Picard",
+    "Solver",
+]

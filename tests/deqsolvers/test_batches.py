@@ -6,11 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deqsolvers import Anderson, Broyden, Picard, Solution, Solver, Status, fixed_point
+from deqsolvers import (
+    Anderson,
+    Broyden,
+    NewtonKrylov,
+    Picard,
+    Solution,
+    Solver,
+    Status,
+    fixed_point,
+)
 from tests.deqsolvers.maps import normal
 from tests.problems import breaking, tanh_deq
 
-SOLVERS: list[Solver] = [Picard(), Anderson(memory=4), Broyden(memory=8)]
+SOLVERS: list[Solver] = [Picard(), Anderson(memory=4), Broyden(memory=8), NewtonKrylov(memory=6)]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 # The same examples in every run: a test suite must not fail by chance.
 few = settings(deadline=None, max_examples=10, derandomize=True)

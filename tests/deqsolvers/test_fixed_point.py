@@ -12,6 +12,7 @@ from deqsolvers import (
     Anderson,
     Broyden,
     ConvergenceError,
+    NewtonKrylov,
     Picard,
     Solver,
     Status,
@@ -27,6 +28,7 @@ SOLVERS: list[Solver] = [
     Anderson(memory=4, damping=0.3),
     Broyden(memory=6),
     Broyden(memory=6, damping=0.3),
+    NewtonKrylov(memory=6),
 ]
 
 

@@ -16,7 +16,12 @@ torchdeq = pytest.importorskip("torchdeq")
 interop = pytest.importorskip("deqsolvers.interop.torchdeq")
 interop.register()
 
-NAMES = ["deqsolvers_anderson", "deqsolvers_broyden", "deqsolvers_picard"]
+NAMES = [
+    "deqsolvers_anderson",
+    "deqsolvers_broyden",
+    "deqsolvers_picard",
+    "deqsolvers_newton_krylov",
+]
 every_solver = pytest.mark.parametrize("name", NAMES)
 EXACT: dict[str, Any] = {"f_tol": 1e-10, "b_tol": 1e-10, "f_max_iter": 200, "b_max_iter": 200}
 

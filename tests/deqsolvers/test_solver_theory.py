@@ -1,4 +1,4 @@
-"""Anderson and Broyden against independent implementations and against what theory says of them."""
+"""The solvers against independent implementations and against what theory says of them."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,18 @@ import scipy.optimize
 import scipy.sparse.linalg
 import torch
 
-from deqsolvers import Anderson, Broyden, Solver, StepInfo, fixed_point
+from deqsolvers import Anderson, Broyden, NewtonKrylov, Solver, StepInfo, fixed_point
 from deqsolvers.state import Layout
-from tests.problems import Problem, linear, non_normal, rotation, symmetric, tanh_deq, with_spectrum
+from tests.problems import (
+    PROBLEMS,
+    Problem,
+    linear,
+    non_normal,
+    rotation,
+    symmetric,
+    tanh_deq,
+    with_spectrum,
+)
 
 
 def iterates(problem: Problem, solver: Solver, steps: int) -> list[np.ndarray]:
@@ -119,6 +128,28 @@ def test_full_memory_anderson_is_gmres(matrix: torch.Tensor) -> None:
     # n + 1 evaluations determine the solution, the next iterate is it.
     assert problem.solution is not None
     np.testing.assert_allclose(ours[size + 1], problem.solution.numpy(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", [1, 2, 4])
+@pytest.mark.parametrize("name", ["symmetric 0.9", "rotating", "expanding"])
+def test_a_newton_step_is_the_iterate_of_gmres(name: str, memory: int) -> None:
+    """On a linear map the Newton equation is the problem itself."""
+    problem = PROBLEMS[name]()
+    size = problem.z0.shape[1]
+    matrix = problem.f(torch.eye(size).double(), torch.zeros(size)).T
+    ours = iterates(problem, NewtonKrylov(memory), memory + 1)
+    # A probe lies as good as at the start; the first iterate that does not is the trial step.
+    probes = next(k for k, z in enumerate(ours) if np.linalg.norm(z[0]) > 1e-3) - 1
+    expected, _ = scipy.sparse.linalg.gmres(
+        (torch.eye(size) - matrix).numpy(),
+        problem.inputs[0][0].numpy(),
+        x0=np.zeros(size),
+        rtol=1e-15,
+        restart=probes,
+        maxiter=1,
+    )
+    assert 1 <= probes <= memory
+    np.testing.assert_allclose(ours[probes + 1][0], expected, rtol=0, atol=1e-6)
 
 
 def test_single_precision_costs_anderson_no_steps() -> None:

@@ -7,10 +7,19 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from deqsolvers import Anderson, Broyden, Picard, Solution, Solver, Status, fixed_point
+from deqsolvers import (
+    Anderson,
+    Broyden,
+    NewtonKrylov,
+    Picard,
+    Solution,
+    Solver,
+    Status,
+    fixed_point,
+)
 from tests.problems import breaking, expanding, jumping, solved, symmetric, tanh_deq
 
-SOLVERS: list[Solver] = [Picard(), Anderson(), Broyden()]
+SOLVERS: list[Solver] = [Picard(), Anderson(), Broyden(), NewtonKrylov()]
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 

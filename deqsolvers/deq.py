@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from deqsolvers.backward import Backward, get_backward
 from deqsolvers.dropout import hold_masks
 from deqsolvers.fixed_point import iterate
+from deqsolvers.modes import forward_mode, physical, undifferentiated
 from deqsolvers.normalization import cached_weights
 from deqsolvers.options import Options
 from deqsolvers.precision import widen
@@ -70,7 +71,7 @@ class DEQ(nn.Module):
 
     def forward(self, *inputs: Any, z0: Any = None) -> tuple[Any, Solution]:
         """Solve for the inputs; ``z0`` overrides the initial state (a warm start)."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not forward_mode():
             solution = self.solve(*inputs, z0=z0)
             return solution.z, solution
         if z0 is None:
@@ -83,7 +84,7 @@ class DEQ(nn.Module):
 
     def solve(self, *inputs: Any, z0: Any = None, trace: bool = False) -> Solution:
         """The forward solve alone, without gradients."""
-        with torch.no_grad(), cached_weights(self.f):
+        with undifferentiated(), cached_weights(self.f):
             if z0 is None:
                 z0 = self.initial_state(*inputs)
             f, held = hold_masks(self.f, inputs, z0)
@@ -92,7 +93,7 @@ class DEQ(nn.Module):
         return solution
 
     def _check(self, solution: Solution) -> None:
-        if self.raise_on_failure and bool(solution.failed.any()):
+        if self.raise_on_failure and bool(physical(solution.failed).any()):
             raise ConvergenceError(solution)
 
     def initial_state(self, *inputs: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deqsolvers.modes import may_overwrite, physical, transforming, undifferentiated
 from deqsolvers.options import Options
 from deqsolvers.precision import Autocast, warn_below_floor, widen
 from deqsolvers.progress import HostMask, Progress
@@ -94,9 +95,9 @@ def fixed_point(
         ConvergenceError: with ``raise_on_failure=True``.
     """
     options = Options(tol, max_steps, relative, final, stall_after, drop_converged)
-    with torch.no_grad():
+    with undifferentiated():
         solution = iterate(f, z0, inputs, solver or Anderson(), options, trace, callback)
-    if raise_on_failure and bool(solution.failed.any()):
+    if raise_on_failure and bool(physical(solution.failed).any()):
         raise ConvergenceError(solution)
     return solution
 
@@ -133,6 +134,7 @@ def iterate(
     early = options.tol is not None
     mask = HostMask(z.device)
     may_drop = early and options.drop_converged and not torch.is_grad_enabled()
+    may_drop = may_drop and not transforming()  # a vmapped dimension has masks of its own
     residuals: list[Tensor] = []
     calls = rows_evaluated = 0
     evaluations = options.max_steps + (options.final == "best")
@@ -223,7 +225,7 @@ def _changed(z: Tensor, version: int | Tensor | None) -> bool:
 
 def _buffers(z: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Two places for residuals, used in turn, because solvers look at the last two."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not may_overwrite():
         return None, None
     return torch.empty_like(z), torch.empty_like(z)
 

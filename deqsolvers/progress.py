@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deqsolvers.modes import may_look, physical
 from deqsolvers.options import Options
 from deqsolvers.solution import Solution, Status
 from deqsolvers.state import Layout
@@ -32,7 +33,7 @@ class Progress:
         self.running = torch.ones(batch, dtype=torch.bool, device=z.device)
         self._measured = self.running  # who was running when the last iterate was measured
         self.status = torch.full((batch,), _RUNNING, dtype=torch.int8, device=z.device)
-        self._may_look = not z.is_cuda and not torch.compiler.is_compiling()
+        self._may_look = may_look(z)
         self.all_running = self._may_look  # false also where the host has not looked
         self.best_z = z
         self.best_residual = z.new_full((batch,), torch.inf)
@@ -189,8 +190,7 @@ def _row_norms(x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         return norms
     # Double precision is several times slower on a CPU, but there a look at the norms is free.
-    may_look = not x.is_cuda and not torch.compiler.is_compiling()
-    if may_look and bool(((norms > 0) & (norms < torch.inf)).all()):
+    if may_look(x) and bool(((norms > 0) & (norms < torch.inf)).all()):
         return norms
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
 
@@ -228,6 +228,7 @@ class HostMask:
 
     def read(self, running: Tensor) -> Tensor | None:
         """The latest mask (b,) that has reached the host, None if there is none yet."""
+        running = physical(running)
         if not self._late:
             return running.cpu()
         host = torch.empty(running.shape, dtype=torch.bool, pin_memory=True)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from deqsolvers.modes import physical
+
 
 class Status(IntEnum):
     """How the solve of one sample ended.
@@ -122,12 +124,12 @@ class Solution:
 
     def statuses(self) -> list[Status]:
         """The B statuses as enum members (synchronises with the device)."""
-        return [Status(code) for code in self.status.tolist()]
+        return [Status(code) for code in physical(self.status).flatten().tolist()]
 
     def describe(self) -> str:
         """How many samples ended how, each kind with cause and remedy (synchronises)."""
         statuses = self.statuses()
-        residual = self.residual.detach().cpu()
+        residual = physical(self.residual).detach().flatten().cpu()
         lines = []
         for status, count in sorted(Counter(statuses).items(), key=lambda item: item[0]):
             rows = [row for row, other in enumerate(statuses) if other == status]

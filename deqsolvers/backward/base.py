@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deqsolvers.fixed_point import iterate
+from deqsolvers.modes import undifferentiated
 from deqsolvers.options import Options
 from deqsolvers.solution import Solution
 from deqsolvers.solvers import Solver
@@ -32,7 +32,7 @@ class Backward(ABC):
         options: Options,
     ) -> tuple[Any, Solution]:
         """A differentiable state and the forward `Solution`."""
-        with torch.no_grad():
+        with undifferentiated():
             solution = iterate(f, z0, inputs, solver, options)
         return self.attach(f, inputs, solution), solution
 

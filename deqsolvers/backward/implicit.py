@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from deqsolvers.backward.base import Backward
+from deqsolvers.backward.functional import attach_functional
 from deqsolvers.fixed_point import iterate
+from deqsolvers.modes import forward_mode, physical, transforming, undifferentiated
 from deqsolvers.options import Options
 from deqsolvers.solution import ConvergenceWarning, Solution
 from deqsolvers.solvers import Anderson, Solver
@@ -27,6 +29,9 @@ class Implicit(Backward):
     The pass may be repeated (``retain_graph``), interleaved with other solves, and differentiated
     again, to any order. With ``create_graph`` gradients reach the inputs and the leaf tensors
     (parameters) that f depends on; a computed tensor in f's closure must then be passed as input.
+
+    Under torch.func (grad, vjp, jvp, jacrev, jacfwd, vmap of these) and forward-mode
+    differentiation it gives first derivatives; a second one is an error that names the way out.
 
     A backward solve that misses its tolerance raises a `ConvergenceWarning`; its outcome stands in
     ``Solution.backward`` of the forward solution.
@@ -63,6 +68,13 @@ class Implicit(Backward):
 
         fixed = layout.flatten(solution.z).detach()
         variables = tuple(leaves[place] for place in places)
+        if transforming() or forward_mode():
+            fixed = attach_functional(
+                lambda z: matrix_f(z, variables),
+                fixed,
+                lambda product, v: self.adjoint(product, v, solution),
+            )
+            return layout.unflatten(fixed)
         return layout.unflatten(self._attach(matrix_f, fixed, variables, solution))
 
     def _attach(
@@ -86,11 +98,11 @@ class Implicit(Backward):
         self, vjp: Callable[[Tensor], Tensor], v: Tensor, solution: Solution | None
     ) -> Tensor:
         """Solve ``u = v + vjp(u)`` without recording."""
-        with torch.no_grad():
+        with undifferentiated():
             found = iterate(lambda u: v + vjp(u), v, (), self.solver, self.options)
         if solution is not None:
             solution.backward = found
-        if bool(found.failed.any()):
+        if bool(physical(found.failed).any()):
             warnings.warn(
                 f"the implicit backward pass did not converge: {found.describe()}",
                 ConvergenceWarning,

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from deqsolvers.backward.base import Backward, on_matrices
 from deqsolvers.fixed_point import iterate
+from deqsolvers.modes import forward_mode, transforming
 from deqsolvers.options import Options
 from deqsolvers.solution import Solution
 from deqsolvers.solvers import Broyden, Solver
@@ -50,6 +51,11 @@ class Shine(Backward):
     ) -> tuple[Any, Solution]:
         if not isinstance(solver, Broyden):
             raise TypeError(f"Shine needs the forward solver Broyden, got {solver!r}")
+        if transforming() or forward_mode():
+            raise NotImplementedError(
+                "Shine knows neither torch.func nor forward-mode differentiation; use "
+                "torch.autograd, or another backward pass such as 'implicit'"
+            )
         # The estimates of samples that left the batch would be lost.
         options = replace(options, drop_converged=False)
         with torch.no_grad():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqsolvers.modes import may_look
 from deqsolvers.solvers.base import History, Memory, Solver, check_count, check_fraction
 from deqsolvers.state import Layout
 
@@ -73,7 +74,7 @@ class Anderson(Solver):
 
     def init(self, z: Tensor, layout: Layout) -> _AndersonMemory:
         batch = z.shape[0]
-        masks = z.is_cuda or torch.compiler.is_compiling()
+        masks = not may_look(z)
         return _AndersonMemory(
             df=History(self.memory, z),
             dg=History(self.memory, z),

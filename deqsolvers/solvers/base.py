@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqsolvers.modes import may_overwrite
 from deqsolvers.state import Layout
 
 
@@ -95,7 +96,7 @@ class History:
 
     def push_difference(self, new: Tensor, old: Tensor) -> None:
         """Write ``new - old`` over the oldest entry, without a temporary."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not may_overwrite():
             self.push(new - old)
         else:
             torch.sub(new, old, out=self.buffer[:, self.slot])
@@ -142,7 +143,7 @@ class History:
 
     def _by_rows(self, x: Tensor) -> bool:
         # On a CPU one batched product of long rows leaves most of the memory bandwidth unused.
-        if x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if x.is_cuda or not may_overwrite():
             return False
         return x.shape[-1] >= self._WIDE
 

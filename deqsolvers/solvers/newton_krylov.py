@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqsolvers.modes import may_look
 from deqsolvers.solvers.base import Memory, Solver, check_count
 from deqsolvers.state import Layout
 
@@ -185,7 +186,7 @@ class NewtonKrylov(Solver):
 
     def _solve(self, memory: _NewtonMemory, point: _Point, ready: Tensor) -> None:
         """The Newton step of the samples that are ready."""
-        if not ready.is_cuda and not torch.compiler.is_compiling() and not bool(ready.any()):
+        if may_look(ready) and not bool(ready.any()):
             return  # the host can look for free here
         filled = min(memory.probes, self.memory)
         used = torch.arange(filled, device=ready.device) < memory.length.unsqueeze(1)

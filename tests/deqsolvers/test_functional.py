@@ -1,0 +1,180 @@
+"""torch.func and forward-mode differentiation over the layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from deqsolvers import (
+    DEQ,
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    Implicit,
+    NewtonKrylov,
+    Picard,
+    Solver,
+    Status,
+    fixed_point,
+)
+from tests.deqsolvers.maps import TanhMap, normal
+from tests.deqsolvers.references import exact, unrolled
+
+SOLVERS: list[Solver] = [Picard(), Anderson(), Broyden(), NewtonKrylov()]
+X = normal(3, 5, seed=7)
+
+
+def layer(backward: Any = "implicit", **options: Any) -> DEQ:
+    if backward == "implicit":
+        return exact(TanhMap(5, norm=0.8), **options)
+    return DEQ(TanhMap(5, norm=0.8), backward=backward, tol=1e-12, max_steps=200, **options)
+
+
+def jacobian(deq: DEQ) -> Tensor:
+    """(3, 5, 3, 5), by recording plain iteration."""
+    return torch.autograd.functional.jacobian(
+        lambda x: unrolled(deq.f, torch.zeros_like(x), x, steps=200), X
+    )
+
+
+@pytest.mark.parametrize("transform", [jacrev, jacfwd])
+@pytest.mark.parametrize("backward", ["implicit", "unrolled"])
+def test_jacobians(transform: Callable[..., Any], backward: str) -> None:
+    deq = layer(backward)
+    found = transform(lambda x: deq(x)[0])(X)
+    torch.testing.assert_close(found, jacobian(deq), rtol=1e-7, atol=1e-9)
+
+
+def test_vector_jacobian_products_of_inputs_and_parameters() -> None:
+    deq, v = layer(), normal(3, 5, seed=1)
+    parameters = dict(deq.named_parameters())
+
+    def call(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(deq, parameters, (x,))[0]
+
+    z, pull = vjp(call, parameters, X)
+    found, at_x = pull(v)
+    x = X.clone().requires_grad_()
+    expected = torch.autograd.grad(deq(x)[0], (x, *parameters.values()), v)
+    torch.testing.assert_close(z, deq(X)[0])
+    torch.testing.assert_close([at_x, *found.values()], list(expected), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_jacobian_vector_products_in_both_forms(recording: bool) -> None:
+    deq, tangent = layer(), normal(3, 5, seed=2)
+    expected = torch.einsum("bixy,xy->bi", jacobian(deq), tangent)
+    with torch.set_grad_enabled(recording):
+        _, found = jvp(lambda x: deq(x)[0], (X,), (tangent,))
+        with forward_ad.dual_level():
+            z, _ = deq(forward_ad.make_dual(X, tangent))
+            also = forward_ad.unpack_dual(z).tangent
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(also, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_complex_state_has_tangents() -> None:
+    matrix = 0.5 * torch.complex(normal(4, 4), normal(4, 4, seed=1)) / 4
+    b = torch.complex(normal(2, 4, seed=2), normal(2, 4, seed=3))
+    deq = exact(lambda z, b: z @ matrix.T + b)
+    _, found = jvp(lambda b: deq(b)[0], (b,), (b.conj(),))
+    system = torch.eye(4) - matrix
+    torch.testing.assert_close(found, torch.linalg.solve(system, b.conj().T).T)
+
+
+def test_gradients_of_each_sample() -> None:
+    deq = layer()
+    parameters = dict(deq.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(deq, parameters, (x.unsqueeze(0),))[0].square().sum()
+
+    found = vmap(grad(loss), (None, 0))(parameters, X)
+    for row in range(len(X)):
+        expected = torch.autograd.grad(
+            deq(X[row : row + 1])[0].square().sum(), list(parameters.values())
+        )
+        mine = [found[name][row] for name in parameters]
+        torch.testing.assert_close(mine, list(expected), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+def test_a_mapped_solve_is_the_solve_of_each_part(solver: Solver, in_dim: int) -> None:
+    f = TanhMap(5, norm=0.8)
+    parts = torch.stack([X, 3 * X, 0.01 * X])
+
+    def solve(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = fixed_point(f, torch.zeros_like(x), (x,), solver=solver, tol=1e-9, max_steps=80)
+        return found.z, found.status, found.steps
+
+    found = vmap(solve, in_dims=in_dim)(parts.movedim(0, in_dim))
+    z, status, steps = zip(*(solve(part) for part in parts), strict=True)
+    assert (found[1] == Status.CONVERGED).all()
+    assert torch.equal(found[1], torch.stack(status))
+    assert torch.equal(found[2], torch.stack(steps))
+    torch.testing.assert_close(found[0], torch.stack(z), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        hessian,
+        lambda loss: jacrev(jacrev(loss)),
+        lambda loss: jacrev(jacfwd(loss)),
+        lambda loss: jacfwd(jacfwd(loss)),
+    ],
+)
+def test_second_derivatives_are_refused_with_a_remedy(transform: Callable[..., Any]) -> None:
+    deq = layer()
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        transform(lambda x: deq(x)[0].square().sum())(X)
+
+
+def test_the_remedies_work() -> None:
+    loss = lambda deq: lambda x: deq(x)[0].square().sum()  # noqa: E731
+    found = hessian(loss(layer("unrolled")))(X)
+    expected = torch.autograd.functional.hessian(loss(layer()), X)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_second_derivative_by_ordinary_autograd_is_refused_too(weight: float) -> None:
+    """With a weight of 0 the loss is linear and no gradient reaches the product by itself."""
+    deq, x = layer(), X.clone().requires_grad_()
+    first = grad(lambda x: (deq(x)[0] + weight * deq(x)[0].square()).sum())(x)
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        first.sum().backward()
+
+
+def test_differentiating_a_mapped_layer_from_outside_is_refused() -> None:
+    deq = layer()
+    mapped = vmap(lambda x: deq(x.unsqueeze(0))[0])
+    torch.testing.assert_close(mapped(X).squeeze(1), deq(X)[0])
+    with pytest.raises(NotImplementedError, match="Fold the mapped dimension"):
+        grad(lambda x: mapped(x).sum())(X)
+    with pytest.raises(NotImplementedError, match="Fold the mapped dimension"):
+        mapped(X).sum().backward()
+
+
+def test_shine_says_that_it_cannot() -> None:
+    deq = layer("shine").with_solver(Broyden())
+    with pytest.raises(NotImplementedError, match="Shine knows neither"):
+        jacrev(lambda x: deq(x)[0])(X)
+
+
+@pytest.mark.parametrize("transform", [grad, lambda loss: lambda x: jvp(loss, (x,), (x,))])
+def test_a_failed_solve_is_visible(transform: Callable[..., Any]) -> None:
+    deq = layer().with_solver(Anderson(), backward=Implicit(tol=1e-12, max_steps=2))
+    with pytest.warns(ConvergenceWarning, match="3 of 3 STEP_LIMIT"):
+        transform(lambda x: deq(x)[0].sum())(X)
+
+
+def test_a_failed_mapped_solve_raises_where_asked() -> None:
+    deq = layer(max_steps=2, raise_on_failure=True)
+    with pytest.raises(RuntimeError, match="6 of 6 STEP_LIMIT"):
+        vmap(lambda x: deq(x)[0])(torch.stack([X, 2 * X]))

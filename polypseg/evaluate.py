@@ -17,11 +17,11 @@ from tqdm import tqdm
 from polypseg.checkpoint import write_atomic
 from polypseg.config import load_config
 from polypseg.data import DataError, Fault, Pair, read_pair
-from polypseg.metrics import score_masks
-from polypseg.predictor import THRESHOLD, Predictor, available_solvers
+from polypseg.predictor import Predictor, available_solvers
+from polypseg.protocols import POLYP, PROTOCOLS, check_protocols, score_result
 from polypseg.report import EVALUATION, PICTURES, residual_traces, worst_examples, write_report
 from polypseg.runs import versions
-from polypseg.scores import ImageRow, SummaryRow, summarise, text_table, to_csv
+from polypseg.scores import ImageRow, SummaryRow, by_kind, summarise, text_table, to_csv
 from polypseg.testsets import NOTES, audit_test_sets, find_test_sets
 
 PROGRAM = "polypseg-evaluate"
@@ -35,14 +35,18 @@ class Evaluation:
     out: Path
     predictors: dict[str, Predictor]
     sets: dict[str, list[Pair]]
+    protocols: list[str]
     rows: dict[str, dict[str, list[ImageRow]]]
     summary: list[SummaryRow]
 
 
 def evaluate_models(
-    predictors: Mapping[str, Predictor], pairs: Sequence[Pair], progress: str | None = None
+    predictors: Mapping[str, Predictor],
+    pairs: Sequence[Pair],
+    progress: str | None = None,
+    protocols: Sequence[str] = ("default",),
 ) -> dict[str, list[ImageRow]]:
-    """Predict and score every pair with every predictor, at the true mask's own resolution.
+    """Predict every pair with every predictor, and score it under every protocol.
 
     The predictors take turns on each image, in rotating order, so that whatever else the machine
     does slows all of them alike. Run `warm_up` first where the seconds matter.
@@ -51,9 +55,10 @@ def evaluate_models(
         predictors: by the name that they get in the result.
         pairs: images and masks; see `audit_pairs`.
         progress: text beside a progress bar; None shows no bar.
+        protocols: of `PROTOCOLS`.
 
     Returns:
-        For each predictor the rows in the order of the pairs.
+        For each predictor the rows in the order of the pairs, within a pair by protocol and target.
 
     Raises:
         DataError: a pair cannot be read.
@@ -66,20 +71,24 @@ def evaluate_models(
         for turn in range(len(names)):
             name = names[(index + turn) % len(names)]
             result = predictors[name].predict(image, measure=True)
-            score = score_masks(result.mask, truth.astype(bool))
-            rows[name].append(
-                ImageRow(
-                    pair.stem,
-                    **asdict(score.confusion),
-                    dice=score.dice,
-                    iou=score.iou,
-                    steps=result.steps,
-                    evaluations=result.evaluations,
-                    residual=result.residual,
-                    status=result.status,
-                    seconds=result.seconds,
-                )
-            )
+            for protocol in protocols:
+                for target, scored in score_result(result, truth, protocol).items():
+                    rows[name].append(
+                        ImageRow(
+                            pair.stem,
+                            protocol,
+                            target,
+                            **asdict(scored.confusion),
+                            dice=scored.dice,
+                            iou=scored.iou,
+                            hd95=scored.hd95,
+                            steps=result.steps,
+                            evaluations=result.evaluations,
+                            residual=result.residual,
+                            status=result.status,
+                            seconds=result.seconds,
+                        )
+                    )
     return rows
 
 
@@ -97,6 +106,7 @@ def evaluate_run(
     solvers: Sequence[str] | None = None,
     out: Path | None = None,
     *,
+    protocols: Sequence[str] = ("default",),
     tol: float | None = None,
     max_steps: int | None = None,
     limit: int | None = None,
@@ -105,8 +115,9 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a run and write the results, all together once everything is computed.
 
-    Written are `<folder>-<solver>.csv` with a row per image, `summary.csv`, and `summary.json` with
-    the configuration, versions and settings behind the numbers.
+    Written are `<folder>-<solver>.csv` with a row per image, protocol and target, `summary.csv`
+    with intervals, and `summary.json` with the configuration, versions and settings behind the
+    numbers.
 
     Args:
         run: directory that `polypseg-train` wrote.
@@ -114,6 +125,7 @@ def evaluate_run(
         solvers: their names; if None, all that the run has weights for.
         out: a folder that is new, empty or from an earlier evaluation, whose files are then
             replaced; if None, `run/evaluation`.
+        protocols: how to score, of `PROTOCOLS`.
         tol: relative residual at which the solvers stop, if not the run's own.
         max_steps: most solver updates, if not the run's own.
         limit: use only the first images of each folder.
@@ -124,10 +136,12 @@ def evaluate_run(
         DataError: images or masks cannot be used, or `out` holds something else. Nothing is written
             then, and neither with any other error before the last image.
         CheckpointError: the run is missing, damaged or lacks weights for a solver.
-        ValueError: a solver is unknown or an option out of range.
+        ValueError: a solver or protocol is unknown or an option out of range.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, got {limit}")
+    protocols = list(dict.fromkeys(protocols))
+    check_protocols(protocols, 1)
     out = run / EVALUATION if out is None else out
     names = available_solvers(run) if solvers is None else list(dict.fromkeys(solvers))
     earlier = _earlier_files(out)
@@ -135,15 +149,23 @@ def evaluate_run(
         name: Predictor.from_run(run, name, tol=tol, max_steps=max_steps, device=device)
         for name in names
     }
+    check_protocols(protocols, load_config(run / "config.yaml").model.classes)
     limited = {name: list(pairs[:limit]) for name, pairs in sets.items()}
     audit_test_sets(limited)
 
     warm_up(predictors, next(iter(limited.values()))[0])
-    rows = {name: evaluate_models(predictors, pairs, name) for name, pairs in limited.items()}
+    rows = {
+        name: evaluate_models(predictors, pairs, name, protocols) for name, pairs in limited.items()
+    }
     summary = [
-        summarise(folder, solver, rows[folder][solver]) for folder in rows for solver in names
+        summarise(folder, solver, same)
+        for folder, by_solver in rows.items()
+        for solver, found in by_solver.items()
+        for same in by_kind(found).values()
     ]
-    evaluation = Evaluation(out, predictors, limited, rows, summary)
+    # Protocol by protocol, so that what compares stands together.
+    summary.sort(key=lambda row: (protocols.index(row.protocol), list(rows).index(row.data)))
+    evaluation = Evaluation(out, predictors, limited, protocols, rows, summary)
     settings = {
         "command": command,
         "run": str(run),
@@ -164,9 +186,11 @@ def _write(evaluation: Evaluation, settings: dict[str, Any], earlier: set[str]) 
     record = {
         "program": PROGRAM,
         **settings,
-        "protocol": f"Dice and IoU per image at the mask's own resolution, threshold {THRESHOLD}, "
-        "then the mean over images; 1 where truth and prediction are both empty. Seconds are those "
-        "of the network on one image, after a warm-up, the solvers taking turns.",
+        "protocols": {name: PROTOCOLS[name] for name in evaluation.protocols},
+        "intervals": "95 %, bootstrap over images (not over videos or patients)",
+        "hd95": "95 % Hausdorff distance of the borders, pixels; the image's diagonal where only "
+        "one of truth and prediction is empty",
+        "seconds": "of the network on one image, after a warm-up, the solvers taking turns",
         "data": {name: str(pairs[0].image.parent.parent) for name, pairs in sets.items()},
         "notes": [NOTES[name] for name in sets if name in NOTES],
         "device": str(next(iter(predictors.values())).device),
@@ -213,6 +237,8 @@ def _plain(value: Any) -> Any:
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print the summary table, what has to be said beside it, and where the files are."""
     print(text_table(evaluation.summary))
+    for protocol in evaluation.protocols:
+        print(f"\nProtocol {protocol}: {PROTOCOLS[protocol]}")
     for name in evaluation.rows:
         if name in NOTES:
             print(f"\nNote: {NOTES[name]}")
@@ -225,7 +251,11 @@ def report_evaluation(run: Path, evaluation: Evaluation) -> Path:
     scored = [
         (row.dice, pair)
         for folder, pairs in evaluation.sets.items()
-        for row, pair in zip(evaluation.rows[folder][name], pairs, strict=True)
+        for row, pair in zip(
+            by_kind(evaluation.rows[folder][name])[evaluation.protocols[0], POLYP],
+            pairs,
+            strict=True,
+        )
     ]
     worst = [pair for _, pair in sorted(scored, key=lambda item: item[0])[:PICTURES]]
     examples = {name: worst_examples(predictor, worst)}
@@ -254,6 +284,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="separated by commas, of explicit, picard, anderson, broyden and hyper; default: all "
         "but picard that the run has weights for",
+    )
+    parser.add_argument(
+        "--protocols",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        default=["default"],
+        metavar="LIST",
+        help="how to score, separated by commas, of default (each mask's own size, threshold 0.5), "
+        "pranet (min-max stretch, mean over 256 thresholds) and paper (at the training size)",
     )
     parser.add_argument(
         "--out",
@@ -287,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         find_test_sets(options.data),
         options.solvers,
         options.out,
+        protocols=options.protocols,
         tol=options.tol,
         max_steps=options.max_steps,
         limit=options.limit,

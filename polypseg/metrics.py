@@ -11,6 +11,8 @@ from torch.nn import functional
 
 Mask = np.ndarray | torch.Tensor
 
+THRESHOLD = 0.5  # of a probability, above which a pixel counts as polyp
+
 
 @dataclass(frozen=True)
 class Confusion:

@@ -6,19 +6,20 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from deqsolvers import DEQ
 from polypseg.checkpoint import CheckpointError
 from polypseg.data import resize_image, to_tensor
 from polypseg.inference import load_model
-from polypseg.metrics import resize_logits
+from polypseg.metrics import THRESHOLD, resize_logits
 from polypseg.models.polypdeq import STRIDE, PolypDEQ, Prediction
 
-THRESHOLD = 0.5
 EXPLICIT = "EXPLICIT"
 NON_FINITE = "NON_FINITE"
 
@@ -36,7 +37,9 @@ class Result:
     """The prediction for one image.
 
     Attributes:
-        probability: (H, W) float32 at the image's own size, how likely each pixel is polyp.
+        probabilities: (K, H, W) float32 at the image's own size. With K = 1, how likely each pixel
+            is polyp; with more, of each class, background first, adding up to 1.
+        native: (K, size, size) float32, the same at the size that the network works at.
         steps: solver updates that led to the state that was read out.
         evaluations: evaluations of f that this took.
         residual: relative residual of that state; NaN where it was not measured: after an explicit
@@ -47,7 +50,8 @@ class Result:
             resizing and the copy to the device are not in it.
     """
 
-    probability: np.ndarray
+    probabilities: np.ndarray
+    native: np.ndarray
     steps: int
     evaluations: int
     residual: float
@@ -55,17 +59,37 @@ class Result:
     seconds: float
 
     @property
+    def probability(self) -> np.ndarray:
+        """(H, W) float32: how likely each pixel is polyp, of whatever class."""
+        if len(self.probabilities) == 1:
+            return self.probabilities[0]
+        return 1 - self.probabilities[0]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(H, W) uint8: 0 for background, else the number of the polyp's class (see `labels`)."""
+        return labels(self.probabilities)
+
+    @property
     def mask(self) -> np.ndarray:
-        """(H, W) bool: where the probability is above 0.5."""
-        return self.probability > THRESHOLD
+        """(H, W) bool: where a polyp of any class is marked."""
+        return self.labels > 0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The prediction for a video's frame, and the state to start the next one from."""
+
+    result: Result
+    state: Any
 
 
 class Predictor:
     """Segments polyps in images of any size, one at a time.
 
     Args:
-        model: maps normalised images (B, 3, size, size) to a `Prediction` with one class; it is put
-            into eval mode and left on its device.
+        model: maps normalised images (B, 3, size, size) to a `Prediction`; it is put into eval mode
+            and left on its device.
         size: side of the square that images are resized to, as the network was trained; a multiple
             of 32.
 
@@ -140,19 +164,41 @@ class Predictor:
         Raises:
             ValueError: the array is of another kind; says what it is and how to convert it.
         """
+        return self._predict(image, None, measure).result
+
+    def predict_frame(
+        self, image: np.ndarray, state: Any = None, *, measure: bool = False
+    ) -> Frame:
+        """Segment a frame of a video, starting the solver where the last frame's solve ended.
+
+        Args:
+            image, measure: as `predict`.
+            state: `Frame.state` of the frame before; None starts as `predict` does. A state that is
+                not finite is not used. An explicit pass has none and ignores it.
+        """
+        if state is not None:
+            finite = all(bool(leaf.isfinite().all()) for leaf in tree_leaves(state))
+            state = state if finite else None
+        return self._predict(image, state, measure)
+
+    def _predict(self, image: np.ndarray, state: Any, measure: bool) -> Frame:
         batch = self._batch(image)
+        options = {} if state is None or self.deq is None else {"z0": state}
         with torch.inference_mode():
             _wait(batch.device)
             start = time.perf_counter()
-            prediction = self.model(batch)
+            prediction = self.model(batch, **options)
             _wait(batch.device)
             seconds = time.perf_counter() - start
             logits = resize_logits(prediction.logits[0], image.shape[:2])
-            probability = logits[0].sigmoid().cpu().numpy()
-            result = _result(prediction, probability, seconds)
-            if measure and prediction.solution is not None and math.isnan(result.residual):
+            result = _result(
+                prediction, _probabilities(logits), _probabilities(prediction.logits[0]), seconds
+            )
+            if prediction.solution is None:
+                return Frame(result, None)
+            if measure and math.isnan(result.residual):
                 result = replace(result, residual=self._residual(batch, prediction.solution.z))
-        return result
+        return Frame(result, prediction.solution.z)
 
     def residuals(self, image: np.ndarray, evaluations: int) -> np.ndarray:
         """Relative residuals (evaluations,) that the solver meets on an image, without stopping.
@@ -210,17 +256,43 @@ def available_solvers(run: Path) -> list[str]:
     return found
 
 
-def _result(prediction: Prediction, probability: np.ndarray, seconds: float) -> Result:
+def labels(probabilities: np.ndarray) -> np.ndarray:
+    """Class numbers (H, W) uint8 of probabilities (K, H, W), as `Result` has them.
+
+    With one class, 1 where the probability is above 0.5; with more, the likeliest class, where 0 is
+    the background.
+    """
+    if len(probabilities) == 1:
+        return (probabilities[0] > THRESHOLD).astype(np.uint8)
+    return probabilities.argmax(axis=0).astype(np.uint8)
+
+
+def _probabilities(logits: torch.Tensor) -> np.ndarray:
+    logits = logits.float()
+    return (logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)).cpu().numpy()
+
+
+def _result(
+    prediction: Prediction, probabilities: np.ndarray, native: np.ndarray, seconds: float
+) -> Result:
     solution = prediction.solution
     if solution is None:
         steps, evaluations, residual, status = 1, 1, float("nan"), EXPLICIT
     else:
         steps, evaluations = int(solution.steps[0]), int(solution.evaluations[0])
         residual, status = float(solution.residual[0]), solution.statuses()[0].name
-    if not np.isfinite(probability).all():
+    if not (np.isfinite(probabilities).all() and np.isfinite(native).all()):
         status = NON_FINITE
-        probability = np.zeros_like(probability)
-    return Result(probability, steps, evaluations, residual, status, seconds)
+        probabilities, native = _nothing(probabilities), _nothing(native)
+    return Result(probabilities, native, steps, evaluations, residual, status, seconds)
+
+
+def _nothing(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities of the same shape that mark no polyp."""
+    empty = np.zeros_like(probabilities)
+    if len(empty) > 1:
+        empty[0] = 1
+    return empty
 
 
 def _wait(device: torch.device) -> None:

@@ -22,7 +22,7 @@ from polypseg.data import Pair, read_pair
 from polypseg.drawing import PREDICTION, TRUTH, draw_contour, encode, fit, overlay
 from polypseg.metrics import score_masks
 from polypseg.predictor import Predictor
-from polypseg.scores import TABLE_HEADER, read_summary, table_cells
+from polypseg.scores import TABLE_HEADER, SummaryRow, read_rows, table_cells
 
 EVALUATION = "evaluation"
 PICTURES = 12
@@ -143,9 +143,14 @@ figcaption { font-size: 14px; overflow-wrap: anywhere; }
 def _evaluation(folder: Path) -> str:
     if not (folder / "summary.csv").is_file():
         return "<p>Not evaluated yet: run <code>polypseg-evaluate</code>.</p>"
-    rows = read_summary(folder / "summary.csv")
+    rows = read_rows(folder / "summary.csv", SummaryRow)
     record = json.loads((folder / "summary.json").read_bytes())
-    remarks = [record["protocol"], *record["notes"], f"Command: {record['command']}"]
+    remarks = [
+        *(f"Protocol {name}: {text}" for name, text in record["protocols"].items()),
+        f"Intervals: {record['intervals']}. HD95: {record['hd95']}. Seconds: {record['seconds']}.",
+        *record["notes"],
+        f"Command: {record['command']}",
+    ]
     return _table(TABLE_HEADER, map(table_cells, rows), "names") + "".join(
         f"<p>{html.escape(remark)}</p>" for remark in remarks
     )

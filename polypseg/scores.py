@@ -7,27 +7,31 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 
+from polypseg.statistics import mean_interval
 from polypseg.validation import CONVERGED
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image under one solver: pixel counts at the mask's own resolution, and the solve.
+    """One target of one image under one solver and protocol, and the solve.
 
-    See `polypseg.metrics.Confusion` for the counts and `polypseg.predictor.Result` for the rest.
+    See `polypseg.protocols.Scored` for the scores and `polypseg.predictor.Result` for the rest.
     """
 
     stem: str
+    protocol: str
+    target: str
     tp: int
     fp: int
     fn: int
     tn: int
     dice: float
     iou: float
+    hd95: float
     steps: int
     evaluations: int
     residual: float
@@ -37,10 +41,12 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """All images of one test folder under one solver.
+    """One target of all images of one test folder under one solver and protocol.
 
     Attributes:
         mDice, mIoU: means over images of each image's score, 0 to 1.
+        mDice_low, mDice_high, mIoU_low, mIoU_high: their 95 % confidence intervals over images.
+        hd95_mean: mean of the 95 % Hausdorff distances, in pixels.
         seconds_q1, seconds_median, seconds_q3: quartiles of the seconds per image.
         converged_share: of images with a residual of at most 1e-3. The residuals, and this share,
             are NaN for explicit passes, which measure none.
@@ -48,9 +54,16 @@ class SummaryRow:
 
     data: str
     solver: str
+    protocol: str
+    target: str
     images: int
     mDice: float
+    mDice_low: float
+    mDice_high: float
     mIoU: float
+    mIoU_low: float
+    mIoU_high: float
+    hd95_mean: float
     seconds_median: float
     seconds_q1: float
     seconds_q3: float
@@ -62,19 +75,39 @@ class SummaryRow:
     converged_share: float
 
 
+def by_kind(rows: Sequence[ImageRow]) -> dict[tuple[str, str], list[ImageRow]]:
+    """Rows by (protocol, target), in the order in which these first occur."""
+    kinds: dict[tuple[str, str], list[ImageRow]] = {}
+    for row in rows:
+        kinds.setdefault((row.protocol, row.target), []).append(row)
+    return kinds
+
+
 def summarise(data: str, solver: str, rows: Sequence[ImageRow]) -> SummaryRow:
-    """Sum up the rows of one folder and solver; there must be at least one."""
+    """Sum up rows of one folder, solver, protocol and target; there must be at least one."""
     if not rows:
         raise ValueError("rows is empty; a summary needs at least one image")
+    kinds = {(row.protocol, row.target) for row in rows}
+    if len(kinds) > 1:
+        raise ValueError(f"rows mix protocols or targets: {sorted(kinds)}; sum up each by itself")
+    dice, iou = [row.dice for row in rows], [row.iou for row in rows]
+    dice_interval, iou_interval = mean_interval(dice), mean_interval(iou)
     q1, median, q3 = np.percentile([row.seconds for row in rows], [25, 50, 75]).tolist()
     residuals = np.array([row.residual for row in rows])
     measured = not np.isnan(residuals).any()
     return SummaryRow(
         data=data,
         solver=solver,
+        protocol=rows[0].protocol,
+        target=rows[0].target,
         images=len(rows),
-        mDice=float(np.mean([row.dice for row in rows])),
-        mIoU=float(np.mean([row.iou for row in rows])),
+        mDice=float(np.mean(dice)),
+        mDice_low=dice_interval[0],
+        mDice_high=dice_interval[1],
+        mIoU=float(np.mean(iou)),
+        mIoU_low=iou_interval[0],
+        mIoU_high=iou_interval[1],
+        hd95_mean=float(np.mean([row.hd95 for row in rows])),
         seconds_median=median,
         seconds_q1=q1,
         seconds_q3=q3,
@@ -99,9 +132,10 @@ def to_csv(rows: Sequence[Any], kind: type) -> bytes:
 
 
 TABLE_HEADER = (
-    "data", "solver", "images", "mDice", "mIoU", "s/image [quartiles]",
-    "steps (max)", "evaluations", "residual (worst)", "≤ 1e-3",
+    "data", "solver", "protocol", "target", "images", "mDice [95 %]", "mIoU [95 %]", "HD95",
+    "s/image [quartiles]", "steps (max)", "evaluations", "residual (worst)", "≤ 1e-3",
 )  # fmt: skip
+NAMES = 4  # columns of names before those of numbers
 
 
 def table_cells(row: SummaryRow) -> tuple[str, ...]:
@@ -110,9 +144,12 @@ def table_cells(row: SummaryRow) -> tuple[str, ...]:
     return (
         row.data,
         row.solver,
+        row.protocol,
+        row.target,
         str(row.images),
-        f"{100 * row.mDice:.2f} %",
-        f"{100 * row.mIoU:.2f} %",
+        f"{100 * row.mDice:.2f} [{100 * row.mDice_low:.1f}, {100 * row.mDice_high:.1f}]",
+        f"{100 * row.mIoU:.2f} [{100 * row.mIoU_low:.1f}, {100 * row.mIoU_high:.1f}]",
+        f"{row.hd95_mean:.1f} px",
         f"{row.seconds_median:.3f} [{row.seconds_q1:.3f}, {row.seconds_q3:.3f}]",
         f"{row.steps_mean:.1f} ({row.steps_max})",
         f"{row.evaluations_mean:.1f}",
@@ -122,34 +159,47 @@ def table_cells(row: SummaryRow) -> tuple[str, ...]:
 
 
 def text_table(rows: Sequence[SummaryRow]) -> str:
-    """The summary as an aligned table for a terminal."""
-    table = [TABLE_HEADER, *map(table_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    """The summary as an aligned table for a terminal.
+
+    Protocol and target are left out where all rows have the same.
+    """
+    columns = list(zip(TABLE_HEADER, *map(table_cells, rows), strict=True))
+    shown = [
+        column
+        for column in columns
+        if column[0] not in ("protocol", "target") or len(set(column[1:])) > 1
+    ]
+    names = NAMES - len(columns) + len(shown)
+    table = list(zip(*shown, strict=True))
+    widths = [max(map(len, column)) for column in shown]
     # Names to the left, numbers to the right.
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if index < 2 else cell.rjust(width)
+            cell.ljust(width) if index < names else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in table
     )
 
 
-def read_summary(path: Path) -> list[SummaryRow]:
-    """Read a `summary.csv` back.
+Row = TypeVar("Row", ImageRow, SummaryRow)
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Read a file of `to_csv` back: `summary.csv`, or one of a folder and solver.
 
     Raises:
         ValueError: the file has other columns or values than this version writes.
         OSError: the file cannot be read.
     """
-    kinds = get_type_hints(SummaryRow)
+    kinds = get_type_hints(kind)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [
-                SummaryRow(**{name: kinds[name](cell or "nan") for name, cell in line.items()})
+                kind(**{name: kinds[name](cell or "nan") for name, cell in line.items()})
                 for line in csv.DictReader(file)
             ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: not a summary of this version of polypseg-evaluate; evaluate the run again"
+            f"{path}: not written by this version of polypseg-evaluate; evaluate the run again"
         ) from error

@@ -117,7 +117,7 @@ class PolypDEQ(nn.Module):
         e = self.features(images)
         return Prediction(self.read_out(self.deq.f(torch.zeros_like(e), e)), None)
 
-    def forward(self, images: Tensor) -> Prediction:
-        """Predict on the fixed point."""
-        z, solution = self.deq(self.features(images))
+    def forward(self, images: Tensor, z0: Tensor | None = None) -> Prediction:
+        """Predict on the fixed point; the solve starts from ``z0`` (B, C1, H/4, W/4) if given."""
+        z, solution = self.deq(self.features(images), z0=z0)
         return Prediction(self.read_out(z), solution)

@@ -128,7 +128,11 @@ def test_solvers_take_turns_image_by_image(test_set):
 
         def predict(self, image, *, measure=False):
             calls.append(self.name)
-            return Result(np.ones(image.shape[:2], np.float32), 1, 1, 0.1, "CONVERGED", 0.1)
+            return Result(
+                np.ones((1, *image.shape[:2]), np.float32),
+                np.ones((1, 64, 64), np.float32),
+                1, 1, 0.1, "CONVERGED", 0.1,
+            )  # fmt: skip
 
     rows = evaluate_models({name: Recorder(name) for name in "abc"}, find_pairs(test_set))
     assert calls == list("abcbcacababcbcacab")
@@ -145,7 +149,7 @@ def test_the_command_prints_a_table_and_writes_a_report(copy_run, synthetic_data
     assert [row["images"] for row in summary] == ["2", "2"]
     assert [row["steps_max"] for row in summary] == ["1", "2"]
     for row in summary:
-        assert f"{100 * float(row['mDice']):.2f} %" in printed
+        assert f"{100 * float(row['mDice']):.2f} [" in printed
     assert (run / "report.html").is_file()
     record = json.loads((run / "evaluation" / "summary.json").read_text())
     assert record["command"].startswith(f"polypseg-evaluate {run} --data")
@@ -266,6 +270,7 @@ def test_runs_and_options_that_cannot_work_are_refused(tiny_run, test_set, tmp_p
         ([str(test_set), *data], "holds no trained weights"),
         ([str(test_set), *data, "--solvers", "anderson"], "not a run of polypseg-train"),
         ([str(tiny_run), *data, "--solvers", "explicit,newton"], "got 'newton'"),
+        ([str(tiny_run), *data, "--protocols", "default,median"], "got 'median'"),
         ([str(tiny_run), *data, "--limit", "0"], "limit must be at least 1 image, got 0"),
         ([str(tiny_run), *data, "--tol", "-1"], "tol must be"),
         ([str(tiny_run), *data, "--device", "warp"], "device 'warp' cannot be used"),

@@ -56,6 +56,7 @@ def test_the_probability_is_the_networks_at_the_size_of_the_image(tiny_run, solv
 
     result = Predictor.from_run(tiny_run, solver, device="cpu").predict(IMAGE)
     assert result.probability.dtype == np.float32
+    np.testing.assert_allclose(result.native[0], 1 / (1 + np.exp(-logits)), atol=2e-5)
     np.testing.assert_allclose(result.probability, expected, atol=2e-5)
     clear = abs(expected - 0.5) > 1e-4
     np.testing.assert_array_equal(result.mask[clear], expected[clear] > 0.5)

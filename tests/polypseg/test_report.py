@@ -19,7 +19,7 @@ from polypseg.report import (
     worst_examples,
     write_report,
 )
-from polypseg.scores import read_summary, table_cells
+from polypseg.scores import SummaryRow, read_rows, table_cells
 from polypseg.testsets import find_test_sets
 
 
@@ -83,7 +83,7 @@ def test_the_page_shows_what_the_run_holds_and_needs_nothing_else(copy_run, synt
     page = path.read_text()
 
     assert "Research use only, not a medical device." in page
-    for row in read_summary(run / "evaluation" / "summary.csv"):
+    for row in read_rows(run / "evaluation" / "summary.csv", SummaryRow):
         for cell in table_cells(row):
             assert f"<td>{cell}</td>" in page
     assert "my &amp; command" in page

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from polypseg.scores import (
     TABLE_HEADER,
     ImageRow,
     SummaryRow,
-    read_summary,
+    by_kind,
+    read_rows,
     summarise,
     table_cells,
     text_table,
@@ -22,7 +24,9 @@ from polypseg.scores import (
 
 def row(dice: float, residual: float, seconds: float, steps: int = 3) -> ImageRow:
     solve = (steps, steps + 1, residual, "CONVERGED", seconds)
-    return ImageRow(f"image, {dice}", 1, 2, 3, 4, dice, dice / 2, *solve)
+    return ImageRow(
+        f"image, {dice}", "default", "polyp", 1, 2, 3, 4, dice, dice / 2, 10 * dice, *solve
+    )
 
 
 ROWS = [
@@ -38,6 +42,8 @@ def test_a_summary_holds_the_statistics_of_its_rows():
     seconds = [0.4, 0.1, 0.2, 0.3]
     quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
     assert summary.mDice == pytest.approx(2.4 / 4)
+    assert summary.hd95_mean == pytest.approx(6)
+    assert summary.mDice_low < summary.mDice < summary.mDice_high
     assert summary.mIoU == pytest.approx(1.2 / 4)
     assert [summary.seconds_q1, summary.seconds_median, summary.seconds_q3] == pytest.approx(
         quartiles
@@ -69,7 +75,7 @@ def test_csv_cells_are_the_fields_and_nan_is_empty():
     text = to_csv([ROWS[0], row(0.25, math.nan, 0.5)], ImageRow).decode()
     first, second = csv.DictReader(io.StringIO(text))
     assert list(first) == [
-        "stem", "tp", "fp", "fn", "tn", "dice", "iou",
+        "stem", "protocol", "target", "tp", "fp", "fn", "tn", "dice", "iou", "hd95",
         "steps", "evaluations", "residual", "status", "seconds",
     ]  # fmt: skip
     assert first["stem"] == "image, 0.5"
@@ -85,11 +91,11 @@ def test_a_summary_is_read_back_as_it_was_written(tmp_path):
     ]
     path = tmp_path / "summary.csv"
     path.write_bytes(to_csv(rows, SummaryRow))
-    np.testing.assert_equal([vars(r) for r in read_summary(path)], [vars(r) for r in rows])
+    np.testing.assert_equal([vars(r) for r in read_rows(path, SummaryRow)], [vars(r) for r in rows])
 
     path.write_text("data,solver\nKvasir,anderson\n")
-    with pytest.raises(ValueError, match=r"summary\.csv: not a summary of this version"):
-        read_summary(path)
+    with pytest.raises(ValueError, match=r"summary\.csv: not written by this version"):
+        read_rows(path, SummaryRow)
 
 
 def test_the_table_is_aligned():
@@ -98,6 +104,17 @@ def test_the_table_is_aligned():
     ).splitlines()
     assert len({len(line) for line in lines}) == 1
     for line in lines[1:]:
-        assert line.index("60.00 %") == lines[1].index("60.00 %")
+        assert line.index("60.00 [") == lines[1].index("60.00 [")
     assert "0.250 [0.175, 0.325]" in lines[1]
-    assert lines[0].split()[:3] == list(TABLE_HEADER[:3])
+    assert lines[0].split()[:3] == ["data", "solver", "images"]  # one protocol, one target
+    both = [ROWS[0], replace(ROWS[0], protocol="pranet")]
+    table = text_table([summarise("Kvasir", "anderson", [one]) for one in both])
+    assert table.splitlines()[0].split()[:4] == ["data", "solver", "protocol", "images"]
+    assert TABLE_HEADER[2:4] == ("protocol", "target")
+
+
+def test_protocols_are_not_averaged_together():
+    mixed = [ROWS[0], replace(ROWS[0], protocol="pranet")]
+    with pytest.raises(ValueError, match="mix protocols"):
+        summarise("Kvasir", "anderson", mixed)
+    assert [len(rows) for rows in by_kind([*mixed, *ROWS]).values()] == [5, 1]

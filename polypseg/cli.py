@@ -33,6 +33,11 @@ def check(argv: Sequence[str] | None = None) -> int:
     return _run("check", "no file was changed", argv)
 
 
+def compare(argv: Sequence[str] | None = None) -> int:
+    """`polypseg-compare`: compare two evaluated models image by image."""
+    return _run("compare", "nothing was written", argv)
+
+
 def _run(name: str, on_interrupt: str, argv: Sequence[str] | None) -> int:
     program = f"polypseg-{name}"
     try:

@@ -215,14 +215,21 @@ def _earlier_files(out: Path) -> set[str]:
     """The files of an earlier evaluation in `out`; an error where something else is in it."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return set()
+    record = earlier_evaluation(out)
+    if record is None:
+        problem = "exists and does not hold an earlier evaluation"
+        raise DataError([Fault(out, problem, "give a folder that is new or empty")])
+    return {Path(name).name for name in record["files"]}
+
+
+def earlier_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The record (`summary.json`) of an evaluation in a folder; None where there is none."""
     try:
-        record = json.loads((out / "summary.json").read_bytes())
-        if record["program"] == PROGRAM:
-            return {Path(name).name for name in record["files"]}
+        record = json.loads((folder / "summary.json").read_bytes())
+        complete = record["program"] == PROGRAM and isinstance(record["files"], list)
     except (OSError, ValueError, TypeError, KeyError):
-        pass
-    problem = "exists and does not hold an earlier evaluation"
-    raise DataError([Fault(out, problem, "give a folder that is new or empty")])
+        return None
+    return record if complete else None
 
 
 def _plain(value: Any) -> Any:

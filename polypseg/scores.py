@@ -163,22 +163,29 @@ def text_table(rows: Sequence[SummaryRow]) -> str:
 
     Protocol and target are left out where all rows have the same.
     """
-    columns = list(zip(TABLE_HEADER, *map(table_cells, rows), strict=True))
-    shown = [
-        column
-        for column in columns
-        if column[0] not in ("protocol", "target") or len(set(column[1:])) > 1
-    ]
-    names = NAMES - len(columns) + len(shown)
-    table = list(zip(*shown, strict=True))
+    return text_columns([TABLE_HEADER, *map(table_cells, rows)], NAMES, ("protocol", "target"))
+
+
+def text_columns(
+    table: Sequence[tuple[str, ...]], names: int, optional: tuple[str, ...] = ()
+) -> str:
+    """Align a table, header first, for a terminal.
+
+    Args:
+        table: rows of equally many cells.
+        names: how many of the first columns hold names, set to the left; numbers go to the right.
+        optional: titles of such columns that are left out where all rows have the same.
+    """
+    columns = list(zip(*table, strict=True))
+    shown = [column for column in columns if column[0] not in optional or len(set(column[1:])) > 1]
+    names -= len(columns) - len(shown)
     widths = [max(map(len, column)) for column in shown]
-    # Names to the left, numbers to the right.
     return "\n".join(
         "  ".join(
             cell.ljust(width) if index < names else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in table
+        for line in zip(*shown, strict=True)
     )
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": cli.evaluate,
     "predict": cli.predict,
     "check": cli.check,
+    "compare": cli.compare,
 }
 
 
@@ -94,7 +95,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(package):
 
 @pytest.mark.parametrize("arguments", [[], ["--unknown"]])
 def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):
-    for command in (cli.evaluate, cli.predict, cli.check):
+    for command in (cli.evaluate, cli.predict, cli.check, cli.compare):
         with pytest.raises(SystemExit) as stopped:
             command(arguments)
         assert stopped.value.code == 2

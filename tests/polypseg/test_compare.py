@@ -1,0 +1,80 @@
+"""Two evaluations compared image by image."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from polypseg import cli
+from polypseg.evaluate import evaluate_run
+from polypseg.testsets import find_test_sets
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, synthetic_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared") / "out"
+    evaluate_run(
+        tiny_run,
+        find_test_sets([synthetic_data]),
+        ["explicit", "hyper"],
+        out,
+        protocols=["default", "pranet"],
+    )
+    return out
+
+
+def column(path, name, protocol):
+    with open(path, newline="") as file:
+        return np.array([float(r[name]) for r in csv.DictReader(file) if r["protocol"] == protocol])
+
+
+def test_every_metric_is_compared_under_every_protocol(evaluated, tmp_path, capsys):
+    path = tmp_path / "c.json"
+    assert cli.compare([f"{evaluated}:explicit", str(evaluated), "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"A: explicit of {evaluated}\nB: hyper of {evaluated}" in printed
+    record = json.loads(path.read_text())
+    lines = record["comparisons"]
+    assert [(line["protocol"], line["metric"]) for line in lines] == [
+        (protocol, metric)
+        for protocol in ("default", "pranet")
+        for metric in ("dice", "iou", "hd95")
+    ]
+    for line in lines:
+        a, b = (
+            column(evaluated / f"Synthetic-{solver}.csv", line["metric"], line["protocol"])
+            for solver in ("explicit", "hyper")
+        )
+        assert line["difference"] == pytest.approx((b - a).mean())
+        assert line["higher"] == (b > a).sum()
+        assert line["p_value"] == pytest.approx(stats.wilcoxon(b, a, zero_method="zsplit").pvalue)
+        assert line["low"] <= line["difference"] <= line["high"]
+    first = lines[0]
+    assert f"{100 * first['difference']:+.2f} [{100 * first['low']:+.2f}" in printed
+
+
+def test_what_cannot_be_compared_is_said(evaluated, tiny_run, synthetic_data, tmp_path, capsys):
+    folder = str(evaluated)
+    other = tmp_path / "other"
+    evaluate_run(tiny_run, find_test_sets([synthetic_data]), ["explicit"], other, limit=2)
+    changed = tmp_path / "changed"
+    evaluate_run(tiny_run, find_test_sets([synthetic_data]), ["explicit"], changed)
+    path = changed / "Synthetic-explicit.csv"
+    lines = path.read_text().splitlines()
+    cells = lines[1].split(",")
+    cells[3] = str(int(cells[3]) + 1)
+    path.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]))
+    elsewhere = tmp_path / "elsewhere"
+    sets = {"Other": find_test_sets([synthetic_data])["Synthetic"]}
+    evaluate_run(tiny_run, sets, ["explicit"], elsewhere, limit=1)
+    for arguments, message in (
+        ([folder, f"{folder}:newton"], "solver 'newton' was not evaluated; known: explicit, hyper"),
+        ([folder, str(tmp_path)], "holds no evaluation; make one with polypseg-evaluate"),
+        ([folder, str(other)], "the two evaluations differ in 4 images"),
+        ([folder, str(changed)], "the true mask of synthetic_0001 has changed"),
+        ([folder, str(elsewhere)], "no test folder and protocol in common: Synthetic and Other"),
+    ):
+        assert cli.compare(arguments) == 1
+        assert message in capsys.readouterr().err

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deqsolvers.modes import may_overwrite, physical, transforming, undifferentiated
+from deqsolvers.buffers import Buffers
+from deqsolvers.modes import physical, transforming, undifferentiated
 from deqsolvers.options import Options
 from deqsolvers.precision import Autocast, warn_below_floor, widen
 from deqsolvers.progress import HostMask, Progress
@@ -142,7 +143,7 @@ def iterate(
 
     with autocast.suspended():
         memory: Any = solver.init(z, layout) if batch else None
-        buffers = _buffers(z)
+        buffers = Buffers()
         for step in range(evaluations if batch else 0):
             version = _version(z, first=calls == 0)
             with autocast.restored():
@@ -163,7 +164,7 @@ def iterate(
                     f"{batch}. It may use a tensor of the whole batch: pass that through inputs, "
                     "so that its samples leave with the others, or set drop_converged=False"
                 )
-            g = torch.sub(fz, z, out=buffers[step % 2])
+            g = torch.sub(fz, z, out=buffers.like(z))
             residual = progress.measure(step, z, fz, g)
             if trace:
                 residuals.append(progress.spread(residual))
@@ -181,7 +182,6 @@ def iterate(
                     progress.take(rows)
                     memory.take(rows)
                     z, fz, g = z[rows], fz[rows], g[rows]
-                    buffers = _buffers(z)
                     inputs = map_rows(partial(_select, rows=rows), inputs, left)
                     mask.reset()
                     running = None
@@ -221,13 +221,6 @@ def _changed(z: Tensor, version: int | Tensor | None) -> bool:
     if isinstance(version, Tensor):
         return not torch.equal(z, version)
     return z._version != version
-
-
-def _buffers(z: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Two places for residuals, used in turn, because solvers look at the last two."""
-    if not may_overwrite():
-        return None, None
-    return torch.empty_like(z), torch.empty_like(z)
 
 
 def _select(leaf: Tensor, rows: Tensor) -> Tensor:

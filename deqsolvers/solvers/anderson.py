@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqsolvers.buffers import Buffers
 from deqsolvers.modes import may_look
 from deqsolvers.solvers.base import History, Memory, Solver, check_count, check_fraction
 from deqsolvers.state import Layout
@@ -20,11 +21,12 @@ class _AndersonMemory(Memory):
     df: History  # differences of successive f(z)
     dg: History  # differences of successive residuals
     gram: Tensor  # (B, memory, memory) float64, inner products of the columns of dg
-    products: Tensor  # (B, memory) float64, columns of dg times the current residual
+    products: Tensor  # (B, filled) float64, columns of dg times the current residual
     # (B,) how many of the newest columns are in use, fewer after a restart. None on a CPU until the
     # first restart: all of them, which saves masks.
     length: Tensor | None
     smallest: Tensor  # (B,) smallest ||g|| since the history began
+    buffers: Buffers
     fz: Tensor | None = None
     g: Tensor | None = None
 
@@ -79,9 +81,10 @@ class Anderson(Solver):
             df=History(self.memory, z),
             dg=History(self.memory, z),
             gram=z.new_zeros(batch, self.memory, self.memory, dtype=torch.float64),
-            products=z.new_zeros(batch, self.memory, dtype=torch.float64),
+            products=z.new_zeros(batch, 0, dtype=torch.float64),
             length=torch.zeros(batch, dtype=torch.int64, device=z.device) if masks else None,
             smallest=z.new_full((batch,), torch.inf),
+            buffers=Buffers(),
         )
 
     def step(self, memory: _AndersonMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ class Anderson(Solver):
         memory.fz, memory.g = fz, g
         self._update_gram(memory, g)
         gamma = self._weights(memory, g)
-        mixed = memory.df.subtract_from(fz, gamma)
+        mixed = memory.df.subtract_from(fz, gamma, out=memory.buffers.like(fz))
         if self.damping == 1:
             return mixed
         return mixed.sub(memory.dg.subtract_from(g, gamma), alpha=1 - self.damping)
@@ -104,39 +107,41 @@ class Anderson(Solver):
         # One pass over the history gives dG g. The new Gram row dG (g - g_previous) is the change
         # of that product, which saves the second pass and keeps its relative accuracy.
         slot, filled = memory.dg.newest, memory.dg.filled
-        products = torch.zeros_like(memory.products)
-        products[:, :filled] = memory.dg.dot(g)
-        row = products - memory.products
-        newest = memory.dg.buffer[:, slot]
-        row[:, slot] = torch.linalg.vector_norm(newest, dim=1).double().square()
+        products = memory.dg.dot(g).double()
+        previous = memory.products
+        if previous.shape[1] < filled:
+            previous = torch.nn.functional.pad(previous, (0, 1))
+        row = products - previous
+        row[:, slot] = torch.linalg.vector_norm(memory.dg.buffer[slot], dim=1).double().square()
         # Autograd may have saved the matrix of the step before.
         gram = memory.gram.clone() if torch.is_grad_enabled() else memory.gram
-        gram[:, slot] = row
-        gram[:, :, slot] = row
+        gram[:, slot, :filled] = row
+        gram[:, :filled, slot] = row
         memory.products, memory.gram = products, gram
 
     def _weights(self, memory: _AndersonMemory, g: Tensor) -> Tensor:
+        """(B, filled) gamma."""
         filled = memory.dg.filled
-        gram = memory.gram[:, :filled, :filled]
-        inverse = gram.diagonal(dim1=1, dim2=2).clamp_min(_TINY).rsqrt()
+        system, right = memory.gram[:, :filled, :filled].clone(), memory.products
         if memory.length is not None:
             memory.length = (memory.length + 1).clamp_max(self.memory)
             used = memory.dg.ages() < memory.length.unsqueeze(1)
-            inverse = torch.where(used, inverse, 0.0)
+            system = torch.where(used.unsqueeze(1) & used.unsqueeze(2), system, 0.0)
+            right = torch.where(used, right, 0.0)
         ridge = self.regularization
         if ridge is None:
             ridge = 10 * torch.finfo(g.dtype).eps
-        # A column that is unused or zero has a zero right-hand side; the ridge alone is its pivot.
-        system = gram * inverse.unsqueeze(1) * inverse.unsqueeze(2)
-        system.diagonal(dim1=1, dim2=2).add_(max(ridge, _TINY))
+        # A column that is unused or zero has a zero right-hand side; any pivot will do.
+        system.diagonal(dim1=1, dim2=2).mul_(1 + ridge).clamp_min_(_TINY)
         factor, info = torch.linalg.cholesky_ex(system)
-        right = memory.products[:, :filled] * inverse
-        gamma = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2) * inverse
+        gamma = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+        if memory.length is None and math.isinf(self.safeguard) and _solved(info, gamma):
+            return gamma.to(g.dtype)
         restart = (info != 0) | ~torch.isfinite(gamma).all(1)
         if math.isfinite(self.safeguard):
             restart = restart | self._grown(memory, g)
         if memory.length is None:
-            if not bool(restart.any()):  # the host can look for free here
+            if not bool(restart.any()):
                 return gamma.to(g.dtype)
             memory.length = torch.full_like(restart, filled, dtype=torch.int64)
         memory.length = torch.where(restart, 0, memory.length)
@@ -148,3 +153,8 @@ class Anderson(Solver):
         grown = size > self.safeguard * memory.smallest
         memory.smallest = torch.where(grown, size, torch.minimum(memory.smallest, size))
         return grown
+
+
+def _solved(info: Tensor, gamma: Tensor) -> bool:
+    """Whether every system was solved, asked in two looks at device memory."""
+    return not info.any() and math.isfinite(gamma.sum())  # a sum is finite only if all terms are

@@ -12,6 +12,9 @@ from torch import Tensor
 from deqsolvers.modes import may_overwrite
 from deqsolvers.state import Layout
 
+# From this width on it pays to cut a row for several cores.
+_LONG = 16384
+
 
 @dataclass
 class Memory:
@@ -32,8 +35,7 @@ class Solver(ABC):
 
     A solver knows nothing of stopping, statuses or autograd: `deqsolvers.fixed_point` owns those.
     To add a method, write these two functions; they see (B, features) matrices and must treat every
-    row on its own. They must not write into their arguments, and may keep ``g`` for one more step
-    only, because its memory is used again.
+    row on its own. They must not write into their arguments.
     """
 
     @abstractmethod
@@ -50,19 +52,16 @@ class Solver(ABC):
 
 
 class History:
-    """The last ``size`` matrices (B, features) that were pushed, in a ring (B, size, features).
+    """The last ``size`` matrices (B, features) that were pushed, in a ring (size, B, features).
 
     Under autograd every push makes a new buffer, since earlier ones may be saved for backward;
     otherwise it writes in place.
     """
 
-    # From this width on a loop of matrix-vector products over the samples beats a batched product.
-    _WIDE = 8192
-
     def __init__(self, size: int, like: Tensor):
         self.size = size
         self.pushed = 0
-        self.buffer = like.new_empty(like.shape[0], size, like.shape[1])
+        self.buffer = like.new_empty(size, *like.shape)
 
     @property
     def filled(self) -> int:
@@ -87,11 +86,11 @@ class History:
     def push(self, value: Tensor) -> None:
         """Write ``value`` over the oldest entry."""
         if torch.is_grad_enabled():
-            entries = list(self.buffer[:, : self.filled].unbind(1))
+            entries = list(self.buffer[: self.filled].unbind(0))
             entries[self.slot : self.slot + 1] = [value]
-            self.buffer = torch.stack(entries, dim=1)
+            self.buffer = torch.stack(entries)
         else:
-            self.buffer[:, self.slot].copy_(value)
+            self.buffer[self.slot].copy_(value)
         self.pushed += 1
 
     def push_difference(self, new: Tensor, old: Tensor) -> None:
@@ -99,57 +98,75 @@ class History:
         if not may_overwrite():
             self.push(new - old)
         else:
-            torch.sub(new, old, out=self.buffer[:, self.slot])
+            torch.sub(new, old, out=self.buffer[self.slot])
             self.pushed += 1
 
     def dot(self, x: Tensor) -> Tensor:
         """(B, filled) inner products of every entry with ``x`` (B, features)."""
-        buffer = self.buffer[:, : self.filled]
-        if self._by_rows(x):
-            products = x.new_empty(buffer.shape[:2])
-            for row in range(len(x)):
-                torch.mv(buffer[row], x[row], out=products[row])
-            return products
-        if x.is_cuda:
-            return torch.bmm(buffer, x.unsqueeze(-1)).squeeze(-1)
-        return (buffer * x.unsqueeze(1)).sum(-1)
+        cuts = _cuts(x)
+        # In this order, not entries times x, the product of long rows runs at memory speed.
+        products = torch.bmm(_cut(x, cuts).unsqueeze(1), self._entries(cuts).mT).squeeze(1)
+        return products if cuts == 1 else products.unflatten(0, (-1, cuts)).sum(1)
 
-    def combine(self, weights: Tensor) -> Tensor:
+    def combine(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """(B, features) sum of the entries weighted by ``weights`` (B, filled)."""
-        buffer = self.buffer[:, : self.filled]
-        if self._by_rows(self.buffer):
-            total = buffer.new_empty(len(buffer), buffer.shape[2])
-            for row in range(len(buffer)):
-                torch.mv(buffer[row].t(), weights[row], out=total[row])
-            return total
-        return torch.bmm(weights.unsqueeze(1), buffer).squeeze(1)
+        cuts = _cuts(self.buffer[0])
+        place = None if out is None else _cut(out, cuts).unsqueeze(1)
+        total = torch.bmm(_repeat(weights, cuts).unsqueeze(1), self._entries(cuts), out=place)
+        return total.reshape(self.buffer.shape[1:]) if out is None else out
 
-    def subtract_from(self, x: Tensor, weights: Tensor) -> Tensor:
-        """A new tensor: ``x`` (B, features) less the entries times ``weights`` (B, filled)."""
-        return self._add(x, weights, -1)
+    def subtract_from(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x`` (B, features) less the entries times ``weights`` (B, filled)."""
+        return self._add(x, weights, -1, out)
 
-    def add_to(self, x: Tensor, weights: Tensor) -> Tensor:
-        """A new tensor: ``x`` (B, features) plus the entries times ``weights`` (B, filled)."""
-        return self._add(x, weights, 1)
+    def add_to(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x`` (B, features) plus the entries times ``weights`` (B, filled)."""
+        return self._add(x, weights, 1, out)
 
-    def _add(self, x: Tensor, weights: Tensor, sign: int) -> Tensor:
-        buffer = self.buffer[:, : self.filled]
-        if self._by_rows(x):
-            difference = torch.empty_like(x)
-            for row in range(len(x)):
-                torch.addmv(x[row], buffer[row].t(), weights[row], alpha=sign, out=difference[row])
-            return difference
-        return torch.baddbmm(x.unsqueeze(1), weights.unsqueeze(1), buffer, alpha=sign).squeeze(1)
+    def _add(self, x: Tensor, weights: Tensor, sign: int, out: Tensor | None) -> Tensor:
+        cuts = _cuts(x)
+        place = None if out is None else _cut(out, cuts).unsqueeze(1)
+        total = torch.baddbmm(
+            _cut(x, cuts).unsqueeze(1),
+            _repeat(weights, cuts).unsqueeze(1),
+            self._entries(cuts),
+            alpha=sign,
+            out=place,
+        )
+        return total.reshape(x.shape) if out is None else out
 
-    def _by_rows(self, x: Tensor) -> bool:
-        # On a CPU one batched product of long rows leaves most of the memory bandwidth unused.
-        if x.is_cuda or not may_overwrite():
-            return False
-        return x.shape[-1] >= self._WIDE
+    def _entries(self, cuts: int) -> Tensor:
+        """(B * cuts, filled, features / cuts) what is stored, a batch of matrices."""
+        return _cut(self.buffer[: self.filled], cuts).transpose(0, 1)
 
     def take(self, rows: Tensor) -> None:
         """Keep only these samples."""
-        self.buffer = self.buffer[rows]
+        self.buffer = self.buffer[:, rows]
+
+
+def _cuts(x: Tensor) -> int:
+    """How many pieces each row of ``x`` (B, features) is worked on in.
+
+    On a CPU a batched product gives each core whole samples; where there are fewer samples than
+    cores, and rows are long, they are cut.
+    """
+    batch, features = x.shape
+    if features < _LONG or x.is_cuda or not may_overwrite():
+        return 1
+    threads = torch.get_num_threads()
+    if batch >= threads:
+        return 1
+    cuts = -(-threads // batch)
+    return cuts if features % cuts == 0 and x.is_contiguous() else 1
+
+
+def _cut(x: Tensor, cuts: int) -> Tensor:
+    """(..., B * cuts, features / cuts) view of ``x`` (..., B, features)."""
+    return x if cuts == 1 else x.view(*x.shape[:-2], -1, x.shape[-1] // cuts)
+
+
+def _repeat(weights: Tensor, cuts: int) -> Tensor:
+    return weights if cuts == 1 else weights.repeat_interleave(cuts, dim=0)
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqsolvers.buffers import Buffers
 from deqsolvers.solvers.base import History, Memory, Solver, check_count, check_fraction
 from deqsolvers.state import Layout
 
@@ -20,7 +21,9 @@ class _BroydenMemory(Memory):
     lower: Tensor
     p: Tensor  # (B, memory) float64, u_j = p_j s_(j+1) + q_j s_j; both 0 for factors not in use
     q: Tensor
+    buffers: Buffers
     z: Tensor | None = None  # where the last step was taken from
+    moved_to: Tensor | None = None  # where it led
 
 
 class Broyden(Solver):
@@ -57,6 +60,7 @@ class Broyden(Solver):
             lower=square.clone(),
             p=square[:, 0].clone(),
             q=square[:, 0].clone(),
+            buffers=Buffers(),
         )
 
     @property
@@ -65,18 +69,28 @@ class Broyden(Solver):
         return self.memory + 1
 
     def step(self, memory: _BroydenMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        moved = None if memory.z is None else (z != memory.z).any(1)
+        moved = self._moved(memory, z)
         memory.z = z
         if memory.steps.filled == self._slots:
             # The last step goes too: H is -I again, and this step is the first of a new product.
             self._clear(memory)
+        step = memory.buffers.like(g)
         if memory.steps.filled == 0 or moved is None:
-            step = g * self.damping
+            step = torch.mul(g, self.damping, out=step)
             products = step.new_zeros(len(step), 0, dtype=torch.float64)
         else:
-            step, products = self._quasi_newton(memory, g, moved)
+            step, products = self._quasi_newton(memory, g, moved, step)
         self._push(memory, step, products)
-        return z + step
+        memory.moved_to = torch.add(z, step, out=memory.buffers.like(z))
+        return memory.moved_to
+
+    def _moved(self, memory: _BroydenMemory, z: Tensor) -> Tensor | None:
+        """(B,) which samples took the last step; the loop holds those that it has decided."""
+        if memory.z is None:
+            return None
+        if z is memory.moved_to:
+            return torch.ones(len(z), dtype=torch.bool, device=z.device)
+        return (z != memory.z).any(1)
 
     def _clear(self, memory: _BroydenMemory) -> None:
         memory.steps.pushed = 0
@@ -84,7 +98,7 @@ class Broyden(Solver):
         memory.p, memory.q = torch.zeros_like(memory.p), torch.zeros_like(memory.q)
 
     def _quasi_newton(
-        self, memory: _BroydenMemory, g: Tensor, moved: Tensor
+        self, memory: _BroydenMemory, g: Tensor, moved: Tensor, out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The next step and its inner products with the steps that are kept (B, k)."""
         k = memory.steps.filled
@@ -116,7 +130,8 @@ class Broyden(Solver):
         held = ~moved.unsqueeze(1)
         share, weights = torch.where(held, 0.0, share), torch.where(held, 0.0, weights)
         self._add_factor(memory, k, usable & moved, reset, length)
-        step = memory.steps.add_to(g * share.to(g.dtype), weights.to(g.dtype))
+        plain = torch.mul(g, share.to(g.dtype), out=memory.buffers.like(g))
+        step = memory.steps.add_to(plain, weights.to(g.dtype), out)
         return step, share * c + (gram * weights.unsqueeze(1)).sum(2)
 
     def _add_factor(

@@ -213,7 +213,7 @@ def test_fault_6_broydens_memory_is_its_own_not_that_of_the_steps() -> None:
         problem.inputs,
         solver=Broyden(memory=4),
         max_steps=10_000,
-        callback=lambda info: sizes.add(info.memory.steps.buffer.shape[1]),
+        callback=lambda info: sizes.add(info.memory.steps.buffer.shape[0]),
     )
     assert sizes == {5}  # four rank-one factors link five steps
 

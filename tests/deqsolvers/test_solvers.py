@@ -77,6 +77,8 @@ HOPELESS: dict[tuple[str, str], set[Status]] = {
     ("newton-krylov 20", "scipy F4"): _SLOW,
     ("newton-krylov 1", "scipy F4"): {Status.STALLED},
     **{(s, p): _ANY_FAILURE for s in SOLVERS for p in WIDE if s != "newton-krylov 20"},
+    # Its path is chaotic: a change of 1e-12 in z0 decides how it ends.
+    ("anderson 5", "burgers"): _ANY_FAILURE | {Status.CONVERGED},
     **{(solver, "jumping"): {Status.STALLED} for solver in SOLVERS},
 }
 BROKEN_SAMPLE = {"breaking": 1}

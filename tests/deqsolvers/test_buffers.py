@@ -1,0 +1,98 @@
+"""Memory that a solve uses again: never under the eyes of anyone who still looks at it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqsolvers import Anderson, Broyden, Picard, Solver, fixed_point
+from deqsolvers.solvers import History
+from tests.deqsolvers.maps import normal
+
+WIDE = 40_000  # large enough for memory to be used again, and for rows to be cut
+SOLVERS = {"picard": Picard(0.5), "anderson": Anderson(3), "broyden": Broyden(4)}
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def solve(solver: Solver, seen: list[Tensor] | None = None) -> Tensor:
+    rates, shift = torch.linspace(-0.9, 0.9, WIDE), normal(2, WIDE, dtype=torch.float32)
+
+    def f(z: Tensor) -> Tensor:
+        if seen is not None:
+            seen.append(z.view(2, -1, 100)[:, 3:])
+        return torch.tanh(rates * z + shift)
+
+    return fixed_point(f, torch.zeros(2, WIDE), solver=solver, tol=None, max_steps=8).z
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_states_that_f_keeps_stay_as_they_were(name: str) -> None:
+    kept: list[Tensor] = []
+    then: list[Tensor] = []
+
+    class Log(list[Tensor]):
+        def append(self, z: Tensor) -> None:
+            kept.append(z)
+            then.append(z.clone())
+
+    solve(SOLVERS[name], Log())
+    for now, before in zip(kept, then, strict=True):
+        torch.testing.assert_close(now, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["anderson", "broyden"])
+def test_states_that_nobody_keeps_share_memory(name: str) -> None:
+    places: set[int] = set()
+
+    class Log(list[Tensor]):
+        def append(self, z: Tensor) -> None:
+            places.add(z.data_ptr())
+
+    solve(SOLVERS[name], Log())
+    assert len(places) <= 5
+
+
+def test_two_solutions_do_not_share_memory() -> None:
+    first = solve(SOLVERS["anderson"])
+    before = first.clone()
+    solve(SOLVERS["anderson"])
+    torch.testing.assert_close(first, before, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_history_of_cut_rows_gives_the_same_products(batch: int) -> None:
+    entries = normal(3, batch, WIDE, dtype=torch.float64)
+    x, weights = normal(batch, WIDE, seed=1), normal(batch, 3, seed=2)
+    history = History(3, entries[0])
+    for entry in entries:
+        history.push(entry)
+    out = torch.empty_like(x)
+    sums = torch.einsum("kbn,bk->bn", entries, weights)
+    torch.testing.assert_close(history.dot(x), torch.einsum("kbn,bn->bk", entries, x))
+    torch.testing.assert_close(history.combine(weights), sums)
+    torch.testing.assert_close(history.add_to(x, weights), x + sums)
+    assert history.subtract_from(x, weights, out=out) is out
+    torch.testing.assert_close(out, x - sums)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_a_sample_alone_takes_the_path_it_takes_in_a_batch() -> None:
+    shift = normal(4, WIDE, dtype=torch.float64)
+
+    def f(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.9 * z.roll(1, dims=1) + x)
+
+    solver = Anderson(4)
+    together = fixed_point(f, torch.zeros_like(shift), (shift,), solver=solver, tol=1e-9)
+    alone = fixed_point(f, torch.zeros_like(shift[:1]), (shift[:1],), solver=solver, tol=1e-9)
+    assert alone.steps[0] == together.steps[0]
+    torch.testing.assert_close(alone.z[0], together.z[0], rtol=0, atol=1e-8)

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from deqsolvers.backward import BACKWARDS
+from deqsolvers.hypersolver.losses import UNROLLS
 
 MODELS = ("polypdeq-add", "polypdeq-res")
 ENCODERS = ("b0", "b1", "b2", "b3", "b4", "b5")
@@ -73,9 +74,13 @@ class HyperConfig:
     final_lr: float
     memory: int
     width: int
+    rank: int
     steps: int
+    mode: str
     tol: float
     max_steps: int
+    alternate: int
+    alternate_updates: int
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,7 @@ def _out_of_range(config: Config) -> list[str]:
     one_of("explicit.precision", config.explicit.precision, PRECISIONS)
     one_of("implicit.precision", config.implicit.precision, PRECISIONS)
     one_of("implicit.solver", config.implicit.solver, CLASSIC_SOLVERS)
+    one_of("hyper.mode", config.hyper.mode, UNROLLS)
     one_of("implicit.backward", config.implicit.backward, BACKWARDS)
     size = config.data.size
     check(size > 0 and size % 32 == 0, "data.size", size, "a positive multiple of 32")
@@ -234,7 +240,7 @@ def _out_of_range(config: Config) -> list[str]:
         ("model", config.model),
     ):
         for key, value in vars(phase).items():
-            if key in ("warm_epochs", "workers"):
+            if key in ("warm_epochs", "workers", "rank", "alternate"):
                 check(value >= 0, f"{name}.{key}", value, "at least 0")
             elif isinstance(value, int):
                 check(value >= 1, f"{name}.{key}", value, "at least 1")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from deqsolvers import Backward, Phantom, jacobian_regularizer
 from deqsolvers.backward import get_backward
+from polypseg.alternating import alternating_solver
 from polypseg.checkpoint import LAST, load_into, load_latest, save_state
 from polypseg.config import ImplicitConfig, PhaseConfig
 from polypseg.data import PolypDataset, batches
@@ -78,6 +79,10 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
     for epoch in range(first, settings.epochs):
         # Everything random in an epoch follows from these numbers, so a resumed run repeats it
         # exactly.
+        if implicit is not None and epoch >= implicit.warm_epochs:
+            learned = alternating_solver(run, model, epoch)
+            if learned is not None:
+                model.deq = model.deq.with_solver(learned)
         torch.manual_seed(hash((run.config.seed, PHASES.index(phase), epoch)) % 2**63)
         solves = implicit is not None and epoch >= implicit.warm_epochs
         model.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,10 @@ class Run:
         self.log.info("%s epoch %d: %s", row["phase"], row["epoch"], numbers)
         plot_curves(self.results.path, self.folder / "curves.png")
 
-    def save(self, phase: str, module: nn.Module) -> None:
-        """Write the weights of a finished phase."""
+    def save(self, phase: str, module: nn.Module, more: Mapping[str, str] | None = None) -> None:
+        """Write the weights of a finished phase; ``more`` is added to the file's metadata."""
         metadata = {
+            **(more or {}),
             "phase": phase,
             "config": self.config.to_yaml(),
             "versions": json.dumps(versions()),

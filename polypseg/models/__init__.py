@@ -36,7 +36,9 @@ def build_solver(name: str, memory: int) -> Solver:
 def build_hypersolver(model: PolypDEQ, config: HyperConfig) -> HyperSolver:
     """An untrained HyperSolver for the model's state (B, C, H/4, W/4)."""
     channels = model.encoder.channels[0]
-    return HyperSolver.for_images(channels, memory=config.memory, width=config.width)
+    return HyperSolver.for_images(
+        channels, memory=config.memory, width=config.width, rank=config.rank
+    )
 
 
 __all__ = [

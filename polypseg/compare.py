@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from polypseg.checkpoint import write_atomic
-from polypseg.evaluate import earlier_evaluation
+from polypseg.evaluation import earlier_evaluation
 from polypseg.report import EVALUATION
 from polypseg.scores import ImageRow, by_kind, read_rows, text_columns
 from polypseg.statistics import Comparison, compare_paired

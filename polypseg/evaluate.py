@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from polypseg.checkpoint import write_atomic
 from polypseg.config import load_config
-from polypseg.data import DataError, Fault, Pair, read_pair
+from polypseg.data import Pair, read_pair
+from polypseg.evaluation import PROGRAM, Evaluation, earlier_files, write_evaluation
 from polypseg.predictor import Predictor, available_solvers
 from polypseg.protocols import POLYP, PROTOCOLS, check_protocols, score_result
 from polypseg.report import EVALUATION, PICTURES, residual_traces, worst_examples, write_report
-from polypseg.runs import versions
-from polypseg.scores import ImageRow, SummaryRow, by_kind, summarise, text_table, to_csv
+from polypseg.scores import (
+    ImageRow,
+    by_kind,
+    summarise,
+    text_table,
+)
 from polypseg.testsets import NOTES, audit_test_sets, find_test_sets
 
-PROGRAM = "polypseg-evaluate"
 WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate_run` did: predictors by solver, pairs by folder, rows by folder and solver."""
-
-    out: Path
-    predictors: dict[str, Predictor]
-    sets: dict[str, list[Pair]]
-    protocols: list[str]
-    rows: dict[str, dict[str, list[ImageRow]]]
-    summary: list[SummaryRow]
 
 
 def evaluate_models(
@@ -144,7 +132,7 @@ def evaluate_run(
     check_protocols(protocols, 1)
     out = run / EVALUATION if out is None else out
     names = available_solvers(run) if solvers is None else list(dict.fromkeys(solvers))
-    earlier = _earlier_files(out)
+    earlier = earlier_files(out)
     predictors = {
         name: Predictor.from_run(run, name, tol=tol, max_steps=max_steps, device=device)
         for name in names
@@ -172,73 +160,8 @@ def evaluate_run(
         "limit": limit,
         "config": asdict(load_config(run / "config.yaml")),
     }
-    _write(evaluation, settings, earlier)
+    write_evaluation(evaluation, settings, earlier)
     return evaluation
-
-
-def _write(evaluation: Evaluation, settings: dict[str, Any], earlier: set[str]) -> None:
-    """Write all files; those of an earlier evaluation that are not among them go."""
-    files = {"summary.csv": to_csv(evaluation.summary, SummaryRow)}
-    for folder, by_solver in evaluation.rows.items():
-        for solver, rows in by_solver.items():
-            files[f"{folder}-{solver}.csv"] = to_csv(rows, ImageRow)
-    predictors, sets = evaluation.predictors, evaluation.sets
-    record = {
-        "program": PROGRAM,
-        **settings,
-        "protocols": {name: PROTOCOLS[name] for name in evaluation.protocols},
-        "intervals": "95 %, bootstrap over images (not over videos or patients)",
-        "hd95": "95 % Hausdorff distance of the borders, pixels; the image's diagonal where only "
-        "one of truth and prediction is empty",
-        "seconds": "of the network on one image, after a warm-up, the solvers taking turns",
-        "data": {name: str(pairs[0].image.parent.parent) for name, pairs in sets.items()},
-        "notes": [NOTES[name] for name in sets if name in NOTES],
-        "device": str(next(iter(predictors.values())).device),
-        "solvers": {  # an explicit pass has no options
-            name: {} if predictor.deq is None else asdict(predictor.deq.options)
-            for name, predictor in predictors.items()
-        },
-        "summary": [asdict(row) for row in evaluation.summary],
-        "versions": versions(),
-        "files": list(files),
-    }
-    # First of all, so that whatever interrupts the writing, the folder is known as ours.
-    summary = json.dumps(_plain(record), indent=2).encode()
-    write_atomic(evaluation.out / "summary.json", summary)
-    for name, content in files.items():
-        write_atomic(evaluation.out / name, content)
-    for name in earlier - files.keys():
-        (evaluation.out / name).unlink(missing_ok=True)
-
-
-def _earlier_files(out: Path) -> set[str]:
-    """The files of an earlier evaluation in `out`; an error where something else is in it."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return set()
-    record = earlier_evaluation(out)
-    if record is None:
-        problem = "exists and does not hold an earlier evaluation"
-        raise DataError([Fault(out, problem, "give a folder that is new or empty")])
-    return {Path(name).name for name in record["files"]}
-
-
-def earlier_evaluation(folder: Path) -> dict[str, Any] | None:
-    """The record (`summary.json`) of an evaluation in a folder; None where there is none."""
-    try:
-        record = json.loads((folder / "summary.json").read_bytes())
-        complete = record["program"] == PROGRAM and isinstance(record["files"], list)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return record if complete else None
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: it knows neither NaN nor infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -1,34 +1,39 @@
-"""Segmenting a person's own images: masks, overlays and a table."""
+"""Segmenting a person's own images and videos: masks, overlays and tables."""
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter, defaultdict
+import json
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
 from polypseg.checkpoint import write_atomic
-from polypseg.data import DataError, Fault, list_images, read_image
+from polypseg.data import read_image
 from polypseg.drawing import encode, overlay
+from polypseg.metrics import THRESHOLD
 from polypseg.predictor import Predictor, available_solvers
-from polypseg.scores import to_csv
+from polypseg.runs import versions
+from polypseg.scores import json_values, to_csv
+from polypseg.sources import find_sources
+from polypseg.video import FrameRow, Saving, predict_video
 
 PROGRAM = "polypseg-predict"
-READING_THREADS = 4
 
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """A line of `predictions.csv`; see `polypseg.predictor.Result` for the last five."""
+    """A line of `predictions.csv`; see `polypseg.result.Result` for the last five."""
 
     file: str
     width: int
     height: int
+    polyps: int
     polyp_pixels: int
     polyp_share: float
     max_probability: float
@@ -39,26 +44,42 @@ class PredictionRow:
     seconds: float
 
 
-def predict_files(
-    predictor: Predictor, sources: Sequence[Path | str], out: Path
-) -> list[PredictionRow]:
-    """Segment images and write what was found.
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict_files` found.
+
+    Attributes:
+        images: a row per image.
+        boxes: for each image, its polyps (see `find_polyps`), largest first.
+        videos: for each video its rows and what the warm start saved.
+    """
+
+    images: list[PredictionRow]
+    boxes: list[list[dict[str, int]]]
+    videos: dict[Path, tuple[list[FrameRow], Saving]]
+
+
+def predict_files(predictor: Predictor, sources: Sequence[Path | str], out: Path) -> Predictions:
+    """Segment images and videos and write what was found.
 
     Written are, for every image, `masks/<stem>.png` (8 bits, 0 and 255, at the image's own size)
-    and `overlays/<stem>.jpg` (the outline in yellow), and for all of them `predictions.csv`. The
+    and `overlays/<stem>.jpg` (the outline in yellow), for every video what `predict_video` writes,
+    and for all images `predictions.csv`. `predictions.json` holds all of this and what made it. The
     EXIF orientation of an image is applied first, so masks are upright.
 
     Args:
         predictor: the network.
-        sources: image files, folders of images or glob patterns.
+        sources: image or video files, folders of them or glob patterns.
         out: a folder that does not exist yet or is empty.
 
     Raises:
-        DataError: a source holds no image, an image cannot be read, two images have one stem, or
-            `out` holds something. All that is wrong is told together, and nothing is written then.
+        DataError: a source holds nothing, a file cannot be read, two images or two videos have one
+            stem, or `out` holds something. All that is wrong is told together, and nothing is
+            written then.
     """
-    files = _find_files(sources, out)
-    rows = []
+    files, videos = find_sources(sources, out)
+    rows: list[PredictionRow] = []
+    boxes = []
     for file in tqdm(files, desc="predicting", unit="image", disable=None):
         image = read_image(file)
         result = predictor.predict(image, measure=True)
@@ -66,11 +87,13 @@ def predict_files(
         white = mask.astype(np.uint8) * np.uint8(255)
         write_atomic(out / "masks" / f"{file.stem}.png", encode(white, "PNG"))
         write_atomic(out / "overlays" / f"{file.stem}.jpg", encode(overlay(image, mask), "JPEG"))
+        boxes.append(find_polyps(mask))
         rows.append(
             PredictionRow(
                 file=str(file),
                 width=mask.shape[1],
                 height=mask.shape[0],
+                polyps=len(boxes[-1]),
                 polyp_pixels=int(mask.sum()),
                 polyp_share=float(mask.mean()),
                 max_probability=float(result.probability.max()),
@@ -81,66 +104,55 @@ def predict_files(
                 seconds=result.seconds,
             )
         )
-    write_atomic(out / "predictions.csv", to_csv(rows, PredictionRow))
-    return rows
+    found = {video: predict_video(predictor, video, out) for video in videos}
+    if rows:
+        write_atomic(out / "predictions.csv", to_csv(rows, PredictionRow))
+    predictions = Predictions(rows, boxes, found)
+    write_atomic(out / "predictions.json", _record(predictor, predictions))
+    return predictions
 
 
-def _find_files(sources: Sequence[Path | str], out: Path) -> list[Path]:
-    """Every image once, all of them known to be readable and to have stems of their own."""
-    faults: list[Fault] = []
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        # Masks that a person drew may lie there under the very names that would be written.
-        remedy = "give a new folder, so that nothing in it is overwritten"
-        faults.append(Fault(out, "exists and is not an empty folder", remedy))
-    files: dict[Path, Path] = {}  # by resolved path: sources may overlap
-    for source in sources:
-        try:
-            files.update((file.resolve(), file) for file in list_images(source))
-        except DataError as error:
-            faults.extend(error.faults)
-    stems = defaultdict(list)
-    for file in files.values():
-        # Some file systems take two names that differ in case for one.
-        stems[file.stem.casefold()].append(file)
-    for same in stems.values():
-        if len(same) > 1:
-            others = ", ".join(str(file) for file in same[1:])
-            remedy = "their masks would have one name; predict them into separate folders"
-            faults.append(Fault(same[0], f"shares its stem with {others}", remedy))
-    with ThreadPoolExecutor(READING_THREADS) as pool:
-        reading = tqdm(
-            pool.map(_reading_faults, files.values()),
-            desc="checking",
-            unit="image",
-            total=len(files),
-            leave=False,
-            disable=None,
-        )
-        for found in reading:
-            faults.extend(found)
-    if faults:
-        raise DataError(faults)
-    return list(files.values())
+def find_polyps(mask: np.ndarray) -> list[dict[str, int]]:
+    """The connected regions of a mask (H, W) bool: box (x, y, width, height) and pixels of each.
+
+    Pixels are connected by sides and corners; the largest region comes first.
+    """
+    _, _, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    names = ("x", "y", "width", "height", "pixels")
+    regions = [dict(zip(names, row, strict=True)) for row in statistics[1:].tolist()]
+    return sorted(regions, key=lambda region: -region["pixels"])
 
 
-def _reading_faults(file: Path) -> list[Fault]:
-    try:
-        read_image(file)
-    except DataError as error:
-        return error.faults
-    return []
+def _record(predictor: Predictor, predictions: Predictions) -> bytes:
+    record = {
+        "program": PROGRAM,
+        "threshold": THRESHOLD,
+        "size": predictor.size,
+        "solver": None if predictor.deq is None else type(predictor.deq.solver).__name__,
+        "solve": None if predictor.deq is None else asdict(predictor.deq.options),
+        "versions": versions(),
+        "images": [
+            {**asdict(row), "polyp_boxes": found}
+            for row, found in zip(predictions.images, predictions.boxes, strict=True)
+        ],
+        "videos": [
+            {"file": str(video), "frames": len(rows), "warm_start": asdict(saved)}
+            for video, (rows, saved) in predictions.videos.items()
+        ],
+    }
+    return json.dumps(json_values(record), indent=2).encode()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Find polyps in images. Research use only, not a medical device.",
+        description="Find polyps in images and videos. Research use only, not a medical device.",
     )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="an image, a folder of images or a pattern such as 'clips/*.png'",
+        help="an image, a video, a folder of them or a pattern such as 'clips/*.png'",
     )
     parser.add_argument(
         "--run", type=Path, required=True, metavar="DIR", help="directory polypseg-train wrote"
@@ -150,13 +162,22 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="a new or empty folder for masks/, overlays/ and predictions.csv",
+        help="a new or empty folder for masks/, overlays/, predictions.csv and predictions.json",
     )
     parser.add_argument(
         "--solver",
         metavar="NAME",
         help="explicit, picard, anderson, broyden or hyper; default: hyper, else anderson, else "
         "explicit, by what the run has weights for",
+    )
+    parser.add_argument(
+        "--tol", type=float, help="relative residual to stop at; default: the run's own"
+    )
+    parser.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="most solver steps, and the steps of hyper; default: the run's own",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
     return parser
@@ -166,11 +187,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `polypseg-predict`; errors are raised (see `polypseg.cli`)."""
     options = _parser().parse_args(argv)
     solver = available_solvers(options.run)[-1] if options.solver is None else options.solver
-    predictor = Predictor.from_run(options.run, solver, device=options.device)
-    rows = predict_files(predictor, options.sources, options.out)
-    found = sum(row.polyp_pixels > 0 for row in rows)
-    print(f"Images: {len(rows)}, with a polyp marked: {found} (solver {solver})")
-    for status, count in Counter(row.status for row in rows).items():
-        print(f"  {count} {status}")
-    print(f"Masks, overlays and predictions.csv: {options.out}")
+    predictor = Predictor.from_run(
+        options.run, solver, tol=options.tol, max_steps=options.max_steps, device=options.device
+    )
+    predictions = predict_files(predictor, options.sources, options.out)
+    if predictions.images:
+        found = sum(row.polyp_pixels > 0 for row in predictions.images)
+        print(f"Images: {len(predictions.images)}, with a polyp marked: {found} (solver {solver})")
+        for status, count in Counter(row.status for row in predictions.images).items():
+            print(f"  {count} {status}")
+    for video, (rows, saved) in predictions.videos.items():
+        found = sum(row.polyp_pixels > 0 for row in rows)
+        print(f"{video}: {len(rows)} frames, with a polyp marked: {found} (solver {solver})")
+        for status, count in Counter(row.status for row in rows).items():
+            print(f"  {count} {status}")
+        print(f"  {saved}")
+    print(f"Masks, overlays and tables: {options.out}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,9 @@ from deqsolvers import DEQ
 from polypseg.checkpoint import CheckpointError
 from polypseg.data import resize_image, to_tensor
 from polypseg.inference import load_model
-from polypseg.metrics import THRESHOLD, resize_logits
+from polypseg.metrics import resize_logits
 from polypseg.models.polypdeq import STRIDE, PolypDEQ, Prediction
-
-EXPLICIT = "EXPLICIT"
-NON_FINITE = "NON_FINITE"
+from polypseg.result import EXPLICIT, NON_FINITE, Frame, Result
 
 # The phases of training whose weights each solver needs, in the order of an evaluation's tables.
 _NEEDS = {
@@ -30,58 +28,6 @@ _NEEDS = {
     "anderson": ("implicit",),
     "hyper": ("implicit", "hyper"),
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """The prediction for one image.
-
-    Attributes:
-        probabilities: (K, H, W) float32 at the image's own size. With K = 1, how likely each pixel
-            is polyp; with more, of each class, background first, adding up to 1.
-        native: (K, size, size) float32, the same at the size that the network works at.
-        steps: solver updates that led to the state that was read out.
-        evaluations: evaluations of f that this took.
-        residual: relative residual of that state; NaN where it was not measured: after an explicit
-            pass, and after a fixed number of steps unless asked for.
-        status: name of the `deqsolvers.Status`, or "EXPLICIT" for one pass without a solver;
-            "NON_FINITE" where the network returned NaN or infinity, and nothing is marked as polyp.
-        seconds: time in the network, from the resized image on its device to the logits. Reading,
-            resizing and the copy to the device are not in it.
-    """
-
-    probabilities: np.ndarray
-    native: np.ndarray
-    steps: int
-    evaluations: int
-    residual: float
-    status: str
-    seconds: float
-
-    @property
-    def probability(self) -> np.ndarray:
-        """(H, W) float32: how likely each pixel is polyp, of whatever class."""
-        if len(self.probabilities) == 1:
-            return self.probabilities[0]
-        return 1 - self.probabilities[0]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(H, W) uint8: 0 for background, else the number of the polyp's class (see `labels`)."""
-        return labels(self.probabilities)
-
-    @property
-    def mask(self) -> np.ndarray:
-        """(H, W) bool: where a polyp of any class is marked."""
-        return self.labels > 0
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The prediction for a video's frame, and the state to start the next one from."""
-
-    result: Result
-    state: Any
 
 
 class Predictor:
@@ -254,17 +200,6 @@ def available_solvers(run: Path) -> list[str]:
             "implicit.safetensors); give a folder in which polypseg-train has finished a phase"
         )
     return found
-
-
-def labels(probabilities: np.ndarray) -> np.ndarray:
-    """Class numbers (H, W) uint8 of probabilities (K, H, W), as `Result` has them.
-
-    With one class, 1 where the probability is above 0.5; with more, the likeliest class, where 0 is
-    the background.
-    """
-    if len(probabilities) == 1:
-        return (probabilities[0] > THRESHOLD).astype(np.uint8)
-    return probabilities.argmax(axis=0).astype(np.uint8)
 
 
 def _probabilities(logits: torch.Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from polypseg.boundary import hausdorff95
 from polypseg.data import resize_mask
 from polypseg.metrics import Confusion, score_masks
-from polypseg.predictor import Result, labels
+from polypseg.result import Result, labels
 
 POLYP = "polyp"  # all classes of polyps as one
 LEVELS = 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from polypseg.validation import CONVERGED
 class ImageRow:
     """One target of one image under one solver and protocol, and the solve.
 
-    See `polypseg.protocols.Scored` for the scores and `polypseg.predictor.Result` for the rest.
+    See `polypseg.protocols.Scored` for the scores and `polypseg.result.Result` for the rest.
     """
 
     stem: str
@@ -129,6 +130,15 @@ def to_csv(rows: Sequence[Any], kind: type) -> bytes:
         cells = asdict(row).items()
         writer.writerow({name: "" if value != value else value for name, value in cells})
     return text.getvalue().encode()
+
+
+def json_values(value: Any) -> Any:
+    """What JSON can hold: it knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: json_values(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 TABLE_HEADER = (

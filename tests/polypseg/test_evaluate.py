@@ -15,7 +15,8 @@ from PIL import Image
 from polypseg import cli
 from polypseg.data import DataError, find_pairs
 from polypseg.evaluate import evaluate_models, evaluate_run
-from polypseg.predictor import Predictor, Result
+from polypseg.predictor import Predictor
+from polypseg.result import Result
 from polypseg.testsets import find_test_sets
 
 

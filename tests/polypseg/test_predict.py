@@ -92,7 +92,7 @@ def test_the_default_solver_is_the_runs_best(tiny_run, images, tmp_path, capsys)
 def test_sources_may_be_patterns_and_may_overlap(tiny_run, images, tmp_path):
     predictor = Predictor.from_run(tiny_run, "explicit")
     sources = [images / "grey.png", f"{images}/*.png", images]
-    rows = predict_files(predictor, sources, tmp_path / "out")
+    rows = predict_files(predictor, sources, tmp_path / "out").images
     assert sorted(Path(row.file).name for row in rows) == ["a photo.jpg", "grey.png", "turned.jpg"]
 
 

@@ -6,8 +6,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from polypseg.metrics import resize_logits
-from polypseg.predictor import Result
 from polypseg.protocols import PROTOCOLS, check_protocols, score_result
+from polypseg.result import Result
 
 
 def made(logits: torch.Tensor, height: int, width: int) -> Result:

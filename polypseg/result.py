@@ -1,0 +1,76 @@
+"""What a prediction says about one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from polypseg.metrics import THRESHOLD
+
+EXPLICIT = "EXPLICIT"
+NON_FINITE = "NON_FINITE"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The prediction for one image.
+
+    Attributes:
+        probabilities: (K, H, W) float32 at the image's own size. With K = 1, how likely each pixel
+            is polyp; with more, of each class, background first, adding up to 1.
+        native: (K, size, size) float32, the same at the size that the network works at.
+        steps: solver updates that led to the state that was read out.
+        evaluations: evaluations of f that this took.
+        residual: relative residual of that state; NaN where it was not measured: after an explicit
+            pass, and after a fixed number of steps unless asked for.
+        status: name of the `deqsolvers.Status`, or "EXPLICIT" for one pass without a solver;
+            "NON_FINITE" where the network returned NaN or infinity, and nothing is marked as polyp.
+        seconds: time in the network, from the resized image on its device to the logits. Reading,
+            resizing and the copy to the device are not in it.
+    """
+
+    probabilities: np.ndarray
+    native: np.ndarray
+    steps: int
+    evaluations: int
+    residual: float
+    status: str
+    seconds: float
+
+    @property
+    def probability(self) -> np.ndarray:
+        """(H, W) float32: how likely each pixel is polyp, of whatever class."""
+        if len(self.probabilities) == 1:
+            return self.probabilities[0]
+        return 1 - self.probabilities[0]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(H, W) uint8: 0 for background, else the number of the polyp's class (see `labels`)."""
+        return labels(self.probabilities)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(H, W) bool: where a polyp of any class is marked."""
+        return self.labels > 0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The prediction for a video's frame, and the state to start the next one from."""
+
+    result: Result
+    state: Any
+
+
+def labels(probabilities: np.ndarray) -> np.ndarray:
+    """Class numbers (H, W) uint8 of probabilities (K, H, W), as `Result` has them.
+
+    With one class, 1 where the probability is above 0.5; with more, the likeliest class, where 0 is
+    the background.
+    """
+    if len(probabilities) == 1:
+        return (probabilities[0] > THRESHOLD).astype(np.uint8)
+    return probabilities.argmax(axis=0).astype(np.uint8)

@@ -1,0 +1,88 @@
+"""The images and videos that a person names for prediction."""
+
+from __future__ import annotations
+
+import glob
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from polypseg.data import DataError, Fault, list_images, read_image
+from polypseg.data.folders import natural_key
+from polypseg.video import VIDEO_SUFFIXES, check_video
+
+READING_THREADS = 4
+
+
+def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], list[Path]]:
+    """Every image and every video once, all of them readable and with stems of their own."""
+    faults: list[Fault] = []
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # Masks that a person drew may lie there under the very names that would be written.
+        remedy = "give a new folder, so that nothing in it is overwritten"
+        faults.append(Fault(out, "exists and is not an empty folder", remedy))
+    files: dict[Path, Path] = {}  # by resolved path: sources may overlap
+    videos: dict[Path, Path] = {}
+    for source in sources:
+        found = _videos(source)
+        videos.update((video.resolve(), video) for video in found)
+        try:
+            if not Path(source).is_file() or not found:
+                files.update((file.resolve(), file) for file in list_images(source))
+        except DataError as error:
+            if not found:
+                faults.extend(error.faults)
+    for kind in (files, videos):
+        stems = defaultdict(list)
+        for file in kind.values():
+            # Some file systems take two names that differ in case for one.
+            stems[file.stem.casefold()].append(file)
+        for same in stems.values():
+            if len(same) > 1:
+                others = ", ".join(str(file) for file in same[1:])
+                remedy = "their masks would have one name; predict them into separate folders"
+                faults.append(Fault(same[0], f"shares its stem with {others}", remedy))
+    checks: list[tuple[Callable[[Path], object], Path]] = [
+        *((read_image, file) for file in files.values()),
+        *((check_video, video) for video in videos.values()),
+    ]
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        reading = tqdm(
+            pool.map(lambda check: _reading_faults(*check), checks),
+            desc="checking",
+            unit="file",
+            total=len(checks),
+            leave=False,
+            disable=None,
+        )
+        for problems in reading:
+            faults.extend(problems)
+    if faults:
+        raise DataError(faults)
+    return list(files.values()), list(videos.values())
+
+
+def _videos(source: Path | str) -> list[Path]:
+    """The videos that a person names: a file, those of a folder or those of a pattern."""
+    path = Path(source)
+    if path.is_dir():
+        found = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = [Path(match) for match in glob.glob(str(source), recursive=True)]
+    return sorted(
+        (file for file in found if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()),
+        key=lambda file: natural_key(str(file)),
+    )
+
+
+def _reading_faults(read: Callable[[Path], object], file: Path) -> list[Fault]:
+    try:
+        read(file)
+    except DataError as error:
+        return error.faults
+    return []

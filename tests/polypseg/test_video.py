@@ -1,0 +1,140 @@
+"""Videos: every frame once, warm starts that agree with cold ones, honest measurements."""
+
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from polypseg import cli
+from polypseg.data import DataError
+from polypseg.predict import find_polyps, predict_files
+from polypseg.predictor import Predictor
+from polypseg.video import check_video, predict_video, saving
+
+FRAMES = 22
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[np.ndarray]:
+    """A camera that moves over a smooth picture by a pixel a frame."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    picture = np.asarray(coarse.resize((150, 80), Image.Resampling.BICUBIC))
+    return [picture[:, i : i + 120] for i in range(FRAMES)]
+
+
+@pytest.fixture(scope="module")
+def video(frames, tmp_path_factory):
+    path = tmp_path_factory.mktemp("videos") / "pan.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 20.0, (120, 80))
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
+    return path
+
+
+def test_every_frame_has_a_mask_a_row_and_a_picture(tiny_run, video, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [str(video), "--run", str(tiny_run), "--out", str(out), "--solver", "anderson"]
+    assert cli.predict(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"pan.mp4: {FRAMES} frames, with a polyp marked:" in printed
+    assert "warm start, measured on 2 frames" in printed
+    with open(out / "videos" / "pan.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["frame"]) for row in rows] == list(range(FRAMES))
+    assert float(rows[-1]["time"]) == pytest.approx((FRAMES - 1) / 20)
+    for row in rows:
+        mask = np.asarray(Image.open(out / "masks" / "pan" / f"{int(row['frame']):06d}.png"))
+        assert mask.shape == (80, 120)
+        assert int(row["polyp_pixels"]) == (mask == 255).sum()
+    assert [i for i, row in enumerate(rows) if row["cold_evaluations"]] == [10, 20]
+    (entry,) = json.loads((out / "predictions.json").read_text())["videos"]
+    assert (entry["file"], entry["frames"]) == (str(video), FRAMES)
+    drawn = cv2.VideoCapture(str(out / "overlays" / "pan.mp4"))
+    try:
+        count = 0
+        while drawn.read()[0]:
+            count += 1
+    finally:
+        drawn.release()
+    assert count == FRAMES
+    assert not list((out / "overlays").glob(".*"))
+
+
+def test_a_warm_start_saves_evaluations_and_keeps_the_answer(tiny_run, video, tmp_path):
+    predictor = Predictor.from_run(tiny_run, "anderson", tol=1e-4, max_steps=50)
+    rows, saved = predict_video(predictor, video, tmp_path / "out")
+    assert saved.frames == 2
+    assert saved.evaluations < saved.cold_evaluations
+    assert saved.dice > 0.99
+    assert all(row.status in ("CONVERGED", "STARTED_CONVERGED") for row in rows)
+    measured = [row for row in rows if row.cold_evaluations > 0]
+    assert saved.evaluations == np.mean([row.evaluations for row in measured])
+
+
+def test_a_warm_start_at_the_solution_takes_one_evaluation(tiny_run, frames):
+    predictor = Predictor.from_run(tiny_run, "anderson", tol=1e-3, max_steps=50)
+    cold = predictor.predict_frame(frames[0])
+    warm = predictor.predict_frame(frames[0], cold.state)
+    assert (warm.result.evaluations, warm.result.status) == (1, "STARTED_CONVERGED")
+    np.testing.assert_allclose(warm.result.probability, cold.result.probability, atol=1e-6)
+
+
+def test_a_state_that_is_not_finite_is_not_used(tiny_run, frames):
+    predictor = Predictor.from_run(tiny_run, "anderson")
+    expected = predictor.predict(frames[0])
+    state = predictor.predict_frame(frames[0]).state * float("nan")
+    found = predictor.predict_frame(frames[0], state).result
+    assert found.status == expected.status
+    np.testing.assert_array_equal(found.probability, expected.probability)
+
+
+def test_an_explicit_pass_has_nothing_to_save(tiny_run, video, tmp_path):
+    _, saved = predict_video(Predictor.from_run(tiny_run, "explicit"), video, tmp_path / "out")
+    assert saved.frames == 0
+    assert "not measured" in str(saved)
+    assert saving([]).frames == 0
+
+
+def test_broken_videos_are_named_with_everything_else(tiny_run, video, tmp_path, capsys):
+    (tmp_path / "noise.mp4").write_bytes(b"no video" * 100)
+    whole = video.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.avi").write_bytes(b"")
+    out = tmp_path / "out"
+    assert cli.predict([str(tmp_path), "--run", str(tiny_run), "--out", str(out)]) == 1
+    message = capsys.readouterr().err
+    for name in ("noise.mp4", "cut.mp4", "empty.avi"):
+        assert f"{tmp_path / name}: cannot be decoded as a video" in message
+    assert not out.exists()
+    with pytest.raises(DataError, match="there is no such file"):
+        check_video(tmp_path / "nothing.mp4")
+
+
+def test_images_and_videos_are_found_side_by_side(tiny_run, video, frames, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "pan.mp4").write_bytes(video.read_bytes())
+    Image.fromarray(frames[0]).save(folder / "pan.png")
+    predictor = Predictor.from_run(tiny_run, "explicit")
+    found = predict_files(predictor, [folder, f"{folder}/*.mp4"], tmp_path / "out")
+    assert [row.file for row in found.images] == [str(folder / "pan.png")]
+    assert [(path.name, len(rows)) for path, (rows, _) in found.videos.items()] == [
+        ("pan.mp4", FRAMES)
+    ]
+
+
+def test_polyps_are_the_connected_regions():
+    mask = np.zeros((20, 30), bool)
+    mask[2:5, 3:9] = True
+    mask[5, 9] = True  # touches by a corner
+    mask[10:12, 20:22] = True
+    assert find_polyps(mask) == [
+        {"x": 3, "y": 2, "width": 7, "height": 4, "pixels": 19},
+        {"x": 20, "y": 10, "width": 2, "height": 2, "pixels": 4},
+    ]
+    assert find_polyps(np.zeros((4, 4), bool)) == []

@@ -73,7 +73,8 @@ def fixed_point(
             the batch together with their inputs; let f close over whatever all samples share.
         solver: the method; `Anderson` with its defaults if None.
         tol: a sample has converged at ``||f(z) - z|| <= tol ||f(z)||``. None runs exactly
-            ``max_steps`` steps and decides nothing early.
+            ``max_steps`` steps and decides nothing early; such a solve reads nothing back from the
+            device, so that a CUDA graph can capture it.
         max_steps: most solver updates. Measuring the last iterate takes one evaluation more.
         relative: False compares ``||f(z) - z||`` itself with ``tol``; use it where the fixed point
             may be zero.

@@ -31,7 +31,7 @@ def differentiations() -> int:
 
 def may_look(tensor: Tensor) -> bool:
     """Whether the host may branch on values without waiting for a device or breaking a trace."""
-    return not tensor.is_cuda and not torch.compiler.is_compiling() and not transforming()
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not transforming()
 
 
 def may_overwrite() -> bool:

@@ -1,0 +1,130 @@
+"""No wait for the device: what makes solves fast on CUDA, and fixed ones capturable in a graph."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from deqsolvers import (
+    DEQ,
+    Anderson,
+    Broyden,
+    HyperSolver,
+    Implicit,
+    NewtonKrylov,
+    Picard,
+    Solution,
+    Solver,
+    fixed_point,
+)
+from deqsolvers.progress import HostMask
+from tests.deqsolvers.maps import TanhMap, normal
+
+SOLVERS: dict[str, Solver] = {
+    "picard": Picard(damping=0.5),
+    "anderson": Anderson(3),
+    "anderson damped": Anderson(3, damping=0.5),
+    "anderson safeguarded": Anderson(3, safeguard=2.0),
+    "broyden": Broyden(4),
+    "newton-krylov": NewtonKrylov(3),
+}
+every_solver = pytest.mark.parametrize("name", [*SOLVERS, "hyper"])
+
+
+def solver(name: str, device: str) -> Solver:
+    if name != "hyper":
+        return SOLVERS[name]
+    with torch.device(device):
+        return HyperSolver.for_vectors(6, memory=2)
+
+
+def solve(method: Solver, x: Tensor, **options: object) -> Solution:
+    return fixed_point(
+        lambda z, x: torch.tanh(0.5 * z + x),
+        torch.zeros_like(x),
+        (x,),
+        solver=method,
+        max_steps=8,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@every_solver
+@pytest.mark.parametrize(("final", "tol"), [("last", None), ("best", None), ("best", 1e-4)])
+def test_no_value_is_read_by_the_host(
+    name: str, final: str, tol: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors say that they are on CUDA and have no values: every read is an error.
+
+    The one read that a tolerance needs, by a copy that nobody waits for, is left out.
+    """
+    monkeypatch.setattr(HostMask, "read", lambda self, running: None)
+    with FakeTensorMode():
+        x = torch.ones(4, 6, device="cuda")
+        with pytest.raises(Exception, match=r"item|data-dependent|_local_scalar_dense"):
+            bool((x > 0).any())
+        solution = solve(solver(name, "cuda"), x, tol=tol, final=final, trace=True)
+    assert solution.z.is_cuda
+    assert solution.trace is not None
+    assert solution.calls == 8 + (final == "best")
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@every_solver
+def test_a_fixed_solve_is_captured_and_replayed_on_other_inputs(name: str) -> None:
+    method = solver(name, "cuda")
+    x = normal(4, 6, dtype=torch.float32).cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up outside of the capture
+        for _ in range(2):
+            solve(method, x, tol=None)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = solve(method, x, tol=None)
+    other = normal(4, 6, seed=1, dtype=torch.float32).cuda()
+    x.copy_(other)
+    graph.replay()
+    expected = solve(method, other, tol=None)
+    torch.testing.assert_close(captured.z, expected.z)
+    torch.testing.assert_close(captured.residual, expected.residual, rtol=1e-2, atol=1e-6)
+
+
+@needs_cuda
+@every_solver
+def test_the_device_finds_what_the_cpu_finds(name: str) -> None:
+    f = TanhMap(6, norm=0.7)
+    x = normal(4, 6) * torch.tensor([[0.01], [1.0], [3.0], [0.1]], dtype=torch.float64)
+    here = fixed_point(f, torch.zeros_like(x), (x,), solver=solver(name, "cpu"), tol=1e-8)
+    x = x.cuda()
+    there = fixed_point(f.cuda(), torch.zeros_like(x), (x,), solver=solver(name, "cuda"), tol=1e-8)
+    assert there.statuses() == here.statuses()
+    torch.testing.assert_close(there.z.cpu(), here.z, rtol=0, atol=1e-6)
+
+
+@needs_cuda
+def test_a_training_step_is_captured() -> None:
+    """With tol=None on both ways not even a failure is looked for."""
+    f = TanhMap(6, norm=0.7).cuda()
+    x = normal(4, 6).cuda()
+    deq = DEQ(f, backward=Implicit(tol=None, max_steps=12), tol=None, max_steps=12)
+
+    def gradient() -> Tensor:
+        (grad,) = torch.autograd.grad(deq(x)[0].square().sum(), f.weight)
+        return grad
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradient()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradient()
+    x.copy_(normal(4, 6, seed=1).cuda())
+    graph.replay()
+    torch.testing.assert_close(captured, gradient())

@@ -18,6 +18,7 @@ from polypseg.data import read_image
 from polypseg.drawing import encode, overlay
 from polypseg.metrics import THRESHOLD
 from polypseg.predictor import Predictor, available_solvers
+from polypseg.released import released_run
 from polypseg.runs import versions
 from polypseg.scores import json_values, to_csv
 from polypseg.sources import find_sources
@@ -155,14 +156,18 @@ def _parser() -> argparse.ArgumentParser:
         help="an image, a video, a folder of them or a pattern such as 'clips/*.png'",
     )
     parser.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="directory polypseg-train wrote"
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="directory polypseg-train wrote; default: the released model",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        required=True,
+        default=Path("predictions"),
         metavar="DIR",
-        help="a new or empty folder for masks/, overlays/, predictions.csv and predictions.json",
+        help="a new or empty folder for masks/, overlays/, predictions.csv and predictions.json; "
+        "default: predictions",
     )
     parser.add_argument(
         "--solver",
@@ -186,9 +191,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `polypseg-predict`; errors are raised (see `polypseg.cli`)."""
     options = _parser().parse_args(argv)
-    solver = available_solvers(options.run)[-1] if options.solver is None else options.solver
+    run = released_run() if options.run is None else options.run
+    solver = available_solvers(run)[-1] if options.solver is None else options.solver
     predictor = Predictor.from_run(
-        options.run, solver, tol=options.tol, max_steps=options.max_steps, device=options.device
+        run, solver, tol=options.tol, max_steps=options.max_steps, device=options.device
     )
     predictions = predict_files(predictor, options.sources, options.out)
     if predictions.images:

@@ -12,7 +12,10 @@ from deqsolvers.state import Layout
 
 _RUNNING = 100  # no status yet
 _STALL_FACTOR = 0.99  # a smaller fall of the best residual does not count as progress
-_DIVERGED_FACTOR = 1e6  # growth of ||f(z) - z|| over its first value that ends a sample
+# Growth of ||f(z) - z|| over the scale of the start that ends a sample. It is generous because a
+# start close to an unstable fixed point looks like divergence until another one attracts the path;
+# what grows slowly ends as a stall.
+_DIVERGED_FACTOR = 1e10
 _GROWN_FACTOR = 10.0  # the growth that makes a stalled sample a diverged one
 
 
@@ -44,6 +47,7 @@ class Progress:
         self._mark = z.new_full((batch,), torch.inf)
         self._mark_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
         self._first = z.new_full((batch,), torch.inf)  # ||f(z0) - z0||
+        self._scale = self._first  # the larger of that and ||f(z0)||
         self._unwritten: int | None = None  # the step that all samples' counters stand at
         self._left: _Results | None = None
 
@@ -90,6 +94,7 @@ class Progress:
             residual = size / _row_norms(fz).clamp_min(torch.finfo(size.dtype).tiny)
         if step == 0:
             self._first = size
+            self._scale = torch.maximum(size, _row_norms(fz))
         running = self._measured = self.running
         finite = size < torch.inf  # false for NaN too
         # The size decides, not the relative residual: where f blows up, the latter falls.
@@ -121,7 +126,7 @@ class Progress:
         stalled = finite & (step - self._mark_step >= self.options.stall_after)
         grown = size > _GROWN_FACTOR * self._first
         status = torch.where(stalled & ~grown, int(Status.STALLED), status)
-        diverged = finite & ((size > _DIVERGED_FACTOR * self._first) | (stalled & grown))
+        diverged = finite & ((size > _DIVERGED_FACTOR * self._scale) | (stalled & grown))
         status = torch.where(diverged, int(Status.DIVERGED), status)
         success = Status.STARTED_CONVERGED if step == 0 else Status.CONVERGED
         return torch.where(residual <= tol, int(success), status)

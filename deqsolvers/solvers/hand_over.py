@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deqsolvers.modes import may_look
 from deqsolvers.solvers.anderson import Anderson
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_solver
 from deqsolvers.solvers.broyden import Broyden
+from deqsolvers.solvers.newton_krylov import NewtonKrylov
 from deqsolvers.state import Layout
 
 
@@ -44,7 +46,7 @@ class HandOver(nn.Module, Solver):
         after: hand every sample over after so many steps; None sets no limit.
 
     Raises:
-        TypeError: ``then`` is `Broyden`, whose updates hold along its own steps only.
+        TypeError: ``then`` is `Broyden` or `NewtonKrylov`, which learn along their own steps only.
         ValueError: ``slowest`` or ``after`` is out of range.
     """
 
@@ -61,10 +63,10 @@ class HandOver(nn.Module, Solver):
         self.first = first
         self.then = Anderson() if then is None else then
         check_solver(self.then)
-        if isinstance(self.then, Broyden):
+        if isinstance(self.then, (Broyden, NewtonKrylov)):
             raise TypeError(
                 "then must be a solver that can use another's history, such as Anderson(); "
-                "Broyden's updates hold along its own steps only"
+                "what Broyden and NewtonKrylov learn holds along their own steps only"
             )
         if not slowest > 0:
             raise ValueError(f"slowest must be a fraction above 0, got {slowest}")
@@ -96,8 +98,7 @@ class HandOver(nn.Module, Solver):
         if memory.steps == self.after:
             memory.handed = torch.ones_like(memory.handed)
         memory.steps += 1
-        may_look = not z.is_cuda and not torch.compiler.is_compiling()
-        if may_look and bool(memory.handed.all()):
+        if may_look(z) and bool(memory.handed.all()):
             return sure
         fast = self.first.step(memory.first, z, fz, g)
         memory.handed = memory.handed | ~torch.isfinite(fast).all(1)

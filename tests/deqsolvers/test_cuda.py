@@ -9,6 +9,7 @@ from deqsolvers import (
     DEQ,
     Anderson,
     Broyden,
+    HandOver,
     HyperSolver,
     Implicit,
     NewtonKrylov,
@@ -28,14 +29,15 @@ SOLVERS: dict[str, Solver] = {
     "broyden": Broyden(4),
     "newton-krylov": NewtonKrylov(3),
 }
-every_solver = pytest.mark.parametrize("name", [*SOLVERS, "hyper"])
+every_solver = pytest.mark.parametrize("name", [*SOLVERS, "hyper", "hand over"])
 
 
 def solver(name: str, device: str) -> Solver:
-    if name != "hyper":
+    if name in SOLVERS:
         return SOLVERS[name]
     with torch.device(device):
-        return HyperSolver.for_vectors(6, memory=2)
+        hyper = HyperSolver.for_vectors(6, memory=2)
+        return hyper if name == "hyper" else HandOver(hyper)
 
 
 def solve(method: Solver, x: Tensor, **options: object) -> Solution:

@@ -12,6 +12,7 @@ from deqsolvers import (
     HandOver,
     HyperSolver,
     Memory,
+    NewtonKrylov,
     Picard,
     Solution,
     Solver,
@@ -181,6 +182,8 @@ def test_its_modules_are_registered() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="Broyden"):
         HandOver(Picard(), Broyden())
+    with pytest.raises(TypeError, match="NewtonKrylov"):
+        HandOver(Picard(), NewtonKrylov())
     with pytest.raises(TypeError, match="solver must be a Solver"):
         HandOver("anderson")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="slowest"):

@@ -32,8 +32,8 @@ class DEQ(nn.Module):
             nn.Module (`HyperSolver`) is registered as a submodule.
         backward: "implicit", "phantom", "jacobian-free", "shine", "unrolled" or a `Backward`
             object.
-        z0: makes the initial state, called as ``z0(*inputs)``. By default the solver's own
-            initializer, or zeros like the first floating-point input.
+        z0: makes the initial state, called as ``z0(*inputs)``, unless the solver has an initializer
+            of its own (`HyperSolver`). By default zeros like the first floating-point input.
         tol, max_steps, relative, final, stall_after, drop_converged: see `fixed_point`.
         raise_on_failure: raise `ConvergenceError` if a forward solve fails (synchronises).
 
@@ -98,11 +98,11 @@ class DEQ(nn.Module):
 
     def initial_state(self, *inputs: Any) -> Any:
         """Where a solve without ``z0`` starts."""
-        if self.z0 is not None:
-            return self.z0(*inputs)
         started = self.solver.start(*inputs)
         if started is not None:
             return widen(started)
+        if self.z0 is not None:
+            return widen(self.z0(*inputs))
         for leaf in pytree.tree_leaves(inputs):
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
                 return widen(torch.zeros_like(leaf))

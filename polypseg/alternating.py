@@ -17,7 +17,7 @@ from deqsolvers.hypersolver.saving import hypersolver_metadata
 from deqsolvers.state import Layout
 from polypseg.checkpoint import load_into, save_weights
 from polypseg.hyper_training import TrainingFeatures, alternating_weights, fit_options
-from polypseg.models import PolypDEQ, build_hypersolver, build_solver
+from polypseg.models import ImplicitModel, build_hypersolver, build_solver
 from polypseg.training_run import Run
 
 
@@ -28,7 +28,7 @@ def due(run: Run, epoch: int) -> bool:
     return every > 0 and epoch > start and (epoch - start) % every == 0
 
 
-def alternating_solver(run: Run, model: PolypDEQ, epoch: int) -> Solver | None:
+def alternating_solver(run: Run, model: ImplicitModel, epoch: int) -> Solver | None:
     """The solver to train with in ``epoch``; None for the classic one.
 
     Where a fit is due, a HyperSolver is fitted to the model as it is, from the weights of the fit

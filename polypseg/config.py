@@ -14,8 +14,10 @@ import yaml
 from deqsolvers.backward import BACKWARDS
 from deqsolvers.hypersolver.losses import UNROLLS
 
-MODELS = ("polypdeq-add", "polypdeq-res")
 ENCODERS = ("b0", "b1", "b2", "b3", "b4", "b5")
+SEGFORMERS = tuple(f"segformer-{size}" for size in ENCODERS)  # these have an explicit phase only
+MODELS = ("polypdeq-add", "polypdeq-res", "mdeq", *SEGFORMERS)
+CLASSES = (1, 3)
 PRECISIONS = ("fp32", "bf16", "fp16")
 CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
 
@@ -222,6 +224,7 @@ def _out_of_range(config: Config) -> list[str]:
 
     one_of("model.name", config.model.name, MODELS)
     one_of("model.encoder", config.model.encoder, ENCODERS)
+    check(config.model.classes in CLASSES, "model.classes", config.model.classes, "1 or 3")
     one_of("explicit.precision", config.explicit.precision, PRECISIONS)
     one_of("implicit.precision", config.implicit.precision, PRECISIONS)
     one_of("implicit.solver", config.implicit.solver, CLASSIC_SOLVERS)

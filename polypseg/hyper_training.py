@@ -15,7 +15,7 @@ from deqsolvers import FitEpoch, fit_hypersolver
 from deqsolvers.hypersolver.saving import hypersolver_metadata
 from polypseg.checkpoint import load_into
 from polypseg.data import PolypDataset, batches
-from polypseg.models import PolypDEQ, build_hypersolver, build_model
+from polypseg.models import ImplicitModel, build_hypersolver, build_implicit_model
 from polypseg.training_run import Run
 
 VALIDATION_IMAGES = 32  # whose distances to z* are measured after every epoch
@@ -28,7 +28,7 @@ def fit_hyper(run: Run) -> None:
     """
     settings = run.config.hyper
     torch.manual_seed(run.config.seed)
-    model = build_model(run.config.model).to(run.device)
+    model = build_implicit_model(run.config.model).to(run.device)
     load_into(model, run.weights("implicit"), what=f"model {run.config.model.name}")
     model.eval()
     hyper = build_hypersolver(model, settings).to(run.device)
@@ -112,7 +112,7 @@ class TrainingFeatures:
         limit: most batches an epoch; None for all images.
     """
 
-    def __init__(self, run: Run, model: PolypDEQ, limit: int | None = None):
+    def __init__(self, run: Run, model: ImplicitModel, limit: int | None = None):
         config = run.config
         self.model, self.device, self.seed = model, run.device, config.seed
         self.dataset = PolypDataset(run.split.train, config.data.size, train=True, seed=config.seed)
@@ -142,7 +142,7 @@ class _Epoch:
                 yield all_of.model.features(batch["image"].to(all_of.device))
 
 
-def validation_features(run: Run, model: PolypDEQ) -> list[Tensor]:
+def validation_features(run: Run, model: ImplicitModel) -> list[Tensor]:
     """What f takes beside z, for some validation images from all over the list."""
     pairs = run.split.val[:: max(1, len(run.split.val) // VALIDATION_IMAGES)]
     dataset = PolypDataset(pairs, run.config.data.size, train=False, seed=0)

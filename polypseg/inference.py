@@ -8,15 +8,22 @@ from torch import Tensor, nn
 
 from polypseg.checkpoint import CheckpointError, load_into
 from polypseg.config import Config, load_config
-from polypseg.models import PolypDEQ, Prediction, build_hypersolver, build_model, build_solver
+from polypseg.models import (
+    ImplicitModel,
+    Prediction,
+    SegmentationModel,
+    build_hypersolver,
+    build_model,
+    build_solver,
+)
 
 SOLVERS = ("explicit", "picard", "anderson", "broyden", "hyper")
 
 
-class ExplicitPolypDEQ(nn.Module):
-    """A PolypDEQ that predicts after one evaluation of f from zero."""
+class ExplicitPass(nn.Module):
+    """A network that predicts in one pass, an implicit one after one evaluation of f from zero."""
 
-    def __init__(self, model: PolypDEQ):
+    def __init__(self, model: SegmentationModel):
         super().__init__()
         self.model = model
 
@@ -49,11 +56,16 @@ def load_model(
         raise CheckpointError(f"{run}: not a run of polypseg-train (it has no config.yaml)")
     config = load_config(run / "config.yaml")
     model = build_model(config.model)
+    if solver != "explicit" and not isinstance(model, ImplicitModel):
+        raise ValueError(
+            f"{run}: {config.model.name} is an explicit network; solver must be 'explicit', got "
+            f"{solver!r}"
+        )
     phase = "explicit" if solver == "explicit" else "implicit"
     load_into(model, _weights(run, phase, solver), what=f"model {config.model.name}")
     model.eval()
-    if solver == "explicit":
-        return ExplicitPolypDEQ(model).eval(), config
+    if solver == "explicit" or not isinstance(model, ImplicitModel):
+        return ExplicitPass(model).eval(), config
     settings = config.solve
     if solver == "hyper":
         hyper = build_hypersolver(model, config.hyper)

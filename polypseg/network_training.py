@@ -18,8 +18,15 @@ from polypseg.alternating import alternating_solver
 from polypseg.checkpoint import LAST, load_into, load_latest, save_state
 from polypseg.config import ImplicitConfig, PhaseConfig
 from polypseg.data import PolypDataset, batches
-from polypseg.losses import structure_loss
-from polypseg.models import PolypDEQ, build_model, build_solver, load_encoder_weights
+from polypseg.losses import segmentation_loss
+from polypseg.models import (
+    ImplicitModel,
+    SegmentationModel,
+    build_implicit_model,
+    build_model,
+    build_solver,
+    load_pretrained,
+)
 from polypseg.schedule import autocast, learning_rate, parameter_groups, rescale
 from polypseg.training_run import PHASES, Run
 
@@ -32,7 +39,7 @@ def train_explicit(run: Run, encoder_weights: Path | None) -> None:
     torch.manual_seed(run.config.seed)
     model = build_model(run.config.model).to(run.device)
     if encoder_weights is not None:
-        load_encoder_weights(model.encoder, encoder_weights)
+        load_pretrained(model, encoder_weights)
         run.log.info("encoder weights from %s", encoder_weights)
     else:
         run.log.info("the encoder starts from random weights (no --encoder-weights)")
@@ -41,15 +48,16 @@ def train_explicit(run: Run, encoder_weights: Path | None) -> None:
 
 def train_implicit(run: Run) -> None:
     """Phase 2: from the explicit weights, predict on the fixed point."""
-    model = build_model(run.config.model).to(run.device)
+    model = build_implicit_model(run.config.model).to(run.device)
     load_into(model, run.weights("explicit"), what=f"model {run.config.model.name}")
     train_network(run, "implicit", model, run.config.implicit)
 
 
-def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) -> None:
+def train_network(run: Run, phase: str, model: SegmentationModel, settings: PhaseConfig) -> None:
     """Train all weights; an unfinished phase goes on after its last complete epoch."""
     implicit = settings if isinstance(settings, ImplicitConfig) else None
     if implicit is not None:
+        assert isinstance(model, ImplicitModel)
         solving = {"tol": implicit.tol, "max_steps": implicit.max_steps}
         solver = build_solver(implicit.solver, implicit.memory)
         model.deq = model.deq.with_solver(solver, backward=_backward(implicit), **solving)
@@ -80,6 +88,7 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
         # Everything random in an epoch follows from these numbers, so a resumed run repeats it
         # exactly.
         if implicit is not None and epoch >= implicit.warm_epochs:
+            assert isinstance(model, ImplicitModel)
             learned = alternating_solver(run, model, epoch)
             if learned is not None:
                 model.deq = model.deq.with_solver(learned)
@@ -108,12 +117,13 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
             optimizer.zero_grad(set_to_none=True)
             with autocast(settings.precision, run.device):
                 if not solves:
-                    loss = objective = structure_loss(model.explicit(images).logits, masks)
+                    loss = objective = segmentation_loss(model.explicit(images).logits, masks)
                 else:
                     assert implicit is not None
+                    assert isinstance(model, ImplicitModel)
                     e = model.features(images)
                     z, solution = model.deq(e)
-                    loss = objective = structure_loss(model.read_out(z), masks)
+                    loss = objective = segmentation_loss(model.read_out(z), masks)
                     if torch.rand(()).item() < implicit.jacobian_share:
                         # Fused attention has no second derivative on the CPU.
                         with sdpa_kernel(SDPBackend.MATH):
@@ -141,7 +151,7 @@ def train_network(run: Run, phase: str, model: PolypDEQ, settings: PhaseConfig) 
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}", **shown, refresh=False)
 
-        averaged = cast(PolypDEQ, average.module)
+        averaged = cast(SegmentationModel, average.module)
         row: dict[str, Any] = {
             "phase": phase,
             "epoch": epoch + 1,
@@ -176,10 +186,10 @@ def _backward(settings: ImplicitConfig) -> Backward:
     return get_backward(settings.backward)
 
 
-def _validate(run: Run, model: PolypDEQ, solves: bool) -> dict[str, float]:
+def _validate(run: Run, model: SegmentationModel, solves: bool) -> dict[str, float]:
     model.eval()
     scores = run.validation.measure(model.explicit, run.device)
-    if not solves:
+    if not solves or not isinstance(model, ImplicitModel):
         return {"val_dice": scores["dice"], "val_iou": scores["iou"]}
     one_step = scores["dice"]
     solve = run.config.solve

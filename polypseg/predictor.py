@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from deqsolvers import DEQ
+from deqsolvers.state import Layout
 from polypseg.checkpoint import CheckpointError
 from polypseg.data import resize_image, to_tensor
 from polypseg.inference import load_model
 from polypseg.metrics import resize_logits
-from polypseg.models.polypdeq import STRIDE, PolypDEQ, Prediction
+from polypseg.models import STRIDE, ImplicitModel, Prediction
 from polypseg.result import EXPLICIT, NON_FINITE, Frame, Result
 
 # The phases of training whose weights each solver needs, in the order of an evaluation's tables.
@@ -57,7 +58,7 @@ class Predictor:
     @property
     def deq(self) -> DEQ | None:
         """The fixed-point layer, with its solver and options; None where there is only one pass."""
-        return self.model.deq if isinstance(self.model, PolypDEQ) else None
+        return self.model.deq if isinstance(self.model, ImplicitModel) else None
 
     @classmethod
     def from_run(
@@ -162,13 +163,14 @@ class Predictor:
         assert trace is not None  # it was asked for
         return trace[:, 0].cpu().numpy()
 
-    def _residual(self, batch: torch.Tensor, z: torch.Tensor) -> float:
+    def _residual(self, batch: torch.Tensor, z: Any) -> float:
         model = self._iterative()
-        fz = model.deq.f(z, model.features(batch))
-        return float((fz - z).norm() / fz.norm())
+        layout = Layout.of(z)
+        fz = layout.flatten(model.deq.f(z, model.features(batch)))
+        return float((fz - layout.flatten(z)).norm() / fz.norm())
 
-    def _iterative(self) -> PolypDEQ:
-        if not isinstance(self.model, PolypDEQ):
+    def _iterative(self) -> ImplicitModel:
+        if not isinstance(self.model, ImplicitModel):
             raise ValueError("an explicit pass has no solver and no residual")
         return self.model
 

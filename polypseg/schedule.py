@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polypseg.config import PhaseConfig
-from polypseg.models.polypdeq import STRIDE
+from polypseg.models import STRIDE
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

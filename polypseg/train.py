@@ -21,7 +21,7 @@ from polypseg.data import (
 )
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
-from polypseg.models import build_model, load_encoder_weights
+from polypseg.models import build_model, load_pretrained
 from polypseg.network_training import train_explicit, train_implicit
 from polypseg.runs import ResultsCsv, setup_log, versions
 from polypseg.testsets import audit_test_sets, find_test_sets
@@ -132,7 +132,7 @@ def _refuse_bad_input(data: Path, weights: Path | None, config: Config, tested: 
         errors.append(error)
     try:
         if weights is not None:
-            load_encoder_weights(build_model(config.model).encoder, weights)
+            load_pretrained(build_model(config.model), weights)
     except CheckpointError as error:
         errors.append(error)
     if len(errors) > 1:

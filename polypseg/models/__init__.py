@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from deqsolvers import Anderson, Broyden, HyperSolver, Picard, Solver
 from polypseg.config import CLASSIC_SOLVERS, MODELS, HyperConfig, ModelConfig
+from polypseg.models.base import STRIDE, ImplicitModel, Prediction, SegmentationModel
+from polypseg.models.mdeq import CHANNELS, MDEQ
 from polypseg.models.mit import MixTransformer, load_encoder_weights
-from polypseg.models.polypdeq import PolypDEQ, Prediction
+from polypseg.models.polypdeq import PolypDEQ
+from polypseg.models.segformer import SegFormer
 
 
-def build_model(config: ModelConfig) -> PolypDEQ:
+def build_model(config: ModelConfig) -> SegmentationModel:
     """The network that ``config`` names, with random weights.
 
     Raises:
-        ValueError: an unknown name, encoder or injection.
+        ValueError: an unknown name or encoder.
     """
-    if config.name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {config.name!r}")
-    return PolypDEQ(config.encoder, config.name.removeprefix("polypdeq-"), config.classes)
+    name, classes = config.name, config.classes
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    if name == "mdeq":
+        return MDEQ(classes)
+    if name.startswith("segformer-"):
+        return SegFormer(name.removeprefix("segformer-"), classes)
+    return PolypDEQ(config.encoder, name.removeprefix("polypdeq-"), classes)
+
+
+def build_implicit_model(config: ModelConfig) -> ImplicitModel:
+    """`build_model` for whatever needs a fixed point.
+
+    Raises:
+        ValueError: as `build_model`, or the network is explicit only.
+    """
+    model = build_model(config)
+    if not isinstance(model, ImplicitModel):
+        raise ValueError(f"{config.name} is an explicit network: it has no fixed point to solve")
+    return model
+
+
+def load_pretrained(model: SegmentationModel, path: Path) -> None:
+    """Load encoder weights into a network; see `load_encoder_weights`.
+
+    Raises:
+        ValueError: the network has no Mix Transformer.
+        CheckpointError: the weights cannot be read or do not fit.
+    """
+    if not isinstance(model, (PolypDEQ, SegFormer)):
+        raise ValueError(
+            f"{path}: {type(model).__name__} has no Mix Transformer; leave out --encoder-weights"
+        )
+    load_encoder_weights(model.encoder, path)
 
 
 def build_solver(name: str, memory: int) -> Solver:
@@ -33,20 +69,32 @@ def build_solver(name: str, memory: int) -> Solver:
     return Broyden(memory) if name == "broyden" else Anderson(memory, safeguard=1)
 
 
-def build_hypersolver(model: PolypDEQ, config: HyperConfig) -> HyperSolver:
-    """An untrained HyperSolver for the model's state (B, C, H/4, W/4)."""
-    channels = model.encoder.channels[0]
-    return HyperSolver.for_images(
-        channels, memory=config.memory, width=config.width, rank=config.rank
-    )
+def build_hypersolver(model: ImplicitModel, config: HyperConfig) -> HyperSolver:
+    """An untrained HyperSolver for the model's state: one map of PolypDEQ, four of MDEQ.
+
+    ``config.rank`` counts for PolypDEQ only.
+    """
+    if isinstance(model, PolypDEQ):
+        channels = model.encoder.channels[0]
+        return HyperSolver.for_images(
+            channels, memory=config.memory, width=config.width, rank=config.rank
+        )
+    return HyperSolver.for_scales(CHANNELS, memory=config.memory, width=config.width)
 
 
 __all__ = [
+    "MDEQ",
+    "STRIDE",
+    "ImplicitModel",
     "MixTransformer",
     "PolypDEQ",
     "Prediction",
+    "SegFormer",
+    "SegmentationModel",
     "build_hypersolver",
+    "build_implicit_model",
     "build_model",
     "build_solver",
     "load_encoder_weights",
+    "load_pretrained",
 ]

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deqsolvers import DEQ, Solution
+from deqsolvers import DEQ
+from polypseg.models.base import ImplicitModel, check_sides
 from polypseg.models.decoder import UNetDecoder, conv_block
 from polypseg.models.mit import MixTransformer
 
 INJECTIONS = ("add", "res")
-STRIDE = 32  # of the coarsest feature map; image sides must be multiples of it
-
-
-@dataclass
-class Prediction:
-    """What PolypDEQ returns.
-
-    Attributes:
-        logits: (B, classes, H, W) at the size of the images.
-        solution: the fixed-point `Solution`; None after an explicit pass.
-    """
-
-    logits: Tensor
-    solution: Solution | None
 
 
 class ResidualInjection(nn.Module):
@@ -66,7 +51,7 @@ class PolypF(nn.Module):
         return self.decoder(maps)
 
 
-class PolypDEQ(nn.Module):
+class PolypDEQ(ImplicitModel):
     """Stage 1 runs once an image and gives e; z* = f(z*, e) is solved from zero; a head reads z*.
 
     Args:
@@ -101,23 +86,13 @@ class PolypDEQ(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Stage-1 features e (B, C1, H/4, W/4) of normalised images (B, 3, H, W)."""
-        height, width = images.shape[-2:]
-        if height % STRIDE or width % STRIDE:
-            raise ValueError(
-                f"image sides must be multiples of {STRIDE}, got {height} x {width}; resize first"
-            )
+        check_sides(images)
         return self.first_stage(self.patch_embed(images))
+
+    def zero_state(self, e: Tensor) -> Tensor:
+        """Zeros of the shape of e."""
+        return torch.zeros_like(e)
 
     def read_out(self, z: Tensor) -> Tensor:
         """Logits (B, classes, H, W) from a state (B, C1, H/4, W/4)."""
         return F.interpolate(self.head(z), scale_factor=4, mode="bilinear", align_corners=False)
-
-    def explicit(self, images: Tensor) -> Prediction:
-        """One evaluation of f from z = 0."""
-        e = self.features(images)
-        return Prediction(self.read_out(self.deq.f(torch.zeros_like(e), e)), None)
-
-    def forward(self, images: Tensor, z0: Tensor | None = None) -> Prediction:
-        """Predict on the fixed point; the solve starts from ``z0`` (B, C1, H/4, W/4) if given."""
-        z, solution = self.deq(self.features(images), z0=z0)
-        return Prediction(self.read_out(z), solution)

@@ -58,7 +58,11 @@ def test_all_faults_are_named_at_once() -> None:
     ("override", "complaint"),
     [
         ("data.size=100", "data.size must be a positive multiple of 32, got 100"),
-        ("model.name=unet", "model.name must be one of polypdeq-add, polypdeq-res, got 'unet'"),
+        (
+            "model.name=unet",
+            "model.name must be one of polypdeq-add, polypdeq-res, mdeq,",
+        ),
+        ("model.classes=2", "model.classes must be 1 or 3, got 2"),
         ("explicit.epochs=0", "explicit.epochs must be at least 1, got 0"),
         ("explicit.epochs=true", "explicit.epochs must be of type int, got True"),
         ("implicit.ema=1.5", "implicit.ema must be between 0 and 1, got 1.5"),

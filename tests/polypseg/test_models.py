@@ -7,11 +7,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deqsolvers import Anderson, Implicit, fixed_point
+from deqsolvers import Anderson, Broyden, Implicit, fixed_point
+from deqsolvers.state import Layout
 from polypseg.checkpoint import CheckpointError
-from polypseg.config import MODELS, ModelConfig
-from polypseg.models import MixTransformer, build_model, load_encoder_weights
+from polypseg.config import ModelConfig, make_config
+from polypseg.models import (
+    MDEQ,
+    MixTransformer,
+    build_hypersolver,
+    build_implicit_model,
+    build_model,
+    load_encoder_weights,
+    load_pretrained,
+)
 from polypseg.models.mit import _segformer_name, _timm_name
+
+POLYPDEQS = ("polypdeq-add", "polypdeq-res")
 
 
 def segformer_state(encoder: MixTransformer) -> dict[str, torch.Tensor]:
@@ -105,7 +116,7 @@ def test_a_missing_file_of_encoder_weights_is_an_error(tmp_path: Path) -> None:
         load_encoder_weights(MixTransformer(), tmp_path / "nothing.safetensors")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", POLYPDEQS)
 def test_polypdeq_shapes_and_size(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(ModelConfig(name=name)).eval()
@@ -122,7 +133,7 @@ def test_polypdeq_shapes_and_size(name: str) -> None:
 
 
 def test_injections_differ_where_they_should() -> None:
-    add, res = (build_model(ModelConfig(name=name)).deq.f for name in MODELS)
+    add, res = (build_model(ModelConfig(name=name)).deq.f for name in POLYPDEQS)
     assert add.injection is None
     z, e = torch.randn(2, 1, 32, 16, 16)
     injected = res.injection(z, e)
@@ -130,7 +141,7 @@ def test_injections_differ_where_they_should() -> None:
     assert not torch.allclose(injected, z + e)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", POLYPDEQS)
 def test_f_treats_images_independently_and_alike_in_training(name: str) -> None:
     torch.manual_seed(0)
     f = build_model(ModelConfig(name=name)).deq.f
@@ -162,6 +173,99 @@ def test_gradients_reach_every_parameter_through_the_fixed_point() -> None:
     model(torch.randn(2, 3, 64, 64)).logits.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize("size", ["b0", "b1", "b2", "b3", "b4", "b5"])
+def test_every_encoder_size_serves_in_polypdeq(size: str) -> None:
+    # Parameters of the encoders as SegFormer's paper gives them (table 6), in millions.
+    published = {"b0": 3.4, "b1": 13.1, "b2": 24.2, "b3": 44.0, "b4": 60.8, "b5": 81.4}
+    with torch.device("meta"):
+        model = build_model(ModelConfig(encoder=size))
+        logits = model.explicit(torch.empty(1, 3, 64, 64)).logits
+    assert logits.shape == (1, 1, 64, 64)
+    count = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    assert count == pytest.approx(published[size], rel=0.03)
+
+
+def test_segformer_b0_is_the_published_one() -> None:
+    # The parameters of the published model for ADE20K's 150 classes.
+    model = build_model(ModelConfig(name="segformer-b0")).eval()
+    classifier = sum(p.numel() for p in model.head[-1].parameters())
+    for_150 = 150 * (256 + 1)
+    assert sum(p.numel() for p in model.parameters()) - classifier + for_150 == 3_752_694
+    prediction = model(torch.randn(2, 3, 64, 96))
+    assert prediction.logits.shape == (2, 1, 64, 96)
+    assert prediction.solution is None
+    with pytest.raises(ValueError, match="segformer-b0 is an explicit network"):
+        build_implicit_model(ModelConfig(name="segformer-b0"))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        model(torch.randn(1, 3, 64, 70))
+
+
+@pytest.mark.parametrize("name", [*POLYPDEQS, "mdeq", "segformer-b0"])
+def test_three_classes_have_three_channels(name: str) -> None:
+    model = build_model(ModelConfig(name=name, classes=3)).eval()
+    with torch.no_grad():
+        assert model.explicit(torch.randn(1, 3, 64, 64)).logits.shape == (1, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def mdeq() -> MDEQ:
+    torch.manual_seed(0)
+    return MDEQ().eval()
+
+
+def test_mdeq_has_four_resolutions_and_every_solver_finds_one_fixed_point(mdeq: MDEQ) -> None:
+    images = torch.randn(2, 3, 64, 96)
+    states = []
+    for solver in (Anderson(), Broyden(30)):
+        mdeq.deq = mdeq.deq.with_solver(solver, tol=1e-5, max_steps=100)
+        with torch.no_grad():
+            prediction = mdeq(images)
+        assert prediction.logits.shape == (2, 1, 64, 96)
+        assert prediction.solution is not None
+        assert prediction.solution.residual.max() <= 1e-5
+        states.append(prediction.solution.z)
+    shapes = [tuple(z.shape) for z in states[0]]
+    assert shapes == [(2, 32, 16, 24), (2, 64, 8, 12), (2, 128, 4, 6), (2, 256, 2, 3)]
+    layout = Layout.of(states[0])
+    anderson, broyden = (layout.flatten(state) for state in states)
+    assert (anderson - broyden).norm() < 1e-3 * anderson.norm()
+
+
+def test_mdeq_treats_images_independently_and_mixes_all_scales(mdeq: MDEQ) -> None:
+    e = mdeq.features(torch.randn(3, 3, 64, 64)).detach()
+    z = tuple(torch.randn_like(x) for x in mdeq.zero_state(e))
+    with torch.no_grad():
+        together = mdeq.deq.f(z, e)
+        alone = mdeq.deq.f(tuple(x[1:2] for x in z), e[1:2])
+    for all_of, one in zip(together, alone, strict=True):
+        torch.testing.assert_close(all_of[1:2], one, rtol=1e-4, atol=1e-5)
+    for source in range(4):  # every scale of the result depends on every scale of the state
+        leaf = z[source].clone().requires_grad_()
+        out = mdeq.deq.f((*z[:source], leaf, *z[source + 1 :]), e)
+        for target in out:
+            (gradient,) = torch.autograd.grad(target.square().sum(), leaf, retain_graph=True)
+            assert gradient.abs().max() > 0
+
+
+def test_mdeq_trains_through_its_fixed_point_and_takes_a_hypersolver(mdeq: MDEQ) -> None:
+    model = MDEQ().train()
+    model.deq = model.deq.with_solver(Anderson(), backward=Implicit(tol=1e-3), max_steps=30)
+    model(torch.randn(2, 3, 64, 64)).logits.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    hyper = build_hypersolver(mdeq, make_config().hyper).eval()
+    e = mdeq.features(torch.randn(1, 3, 64, 64))
+    learned = mdeq.deq.with_solver(hyper)
+    for mine, its in zip(learned.initial_state(e), hyper.start(e), strict=True):
+        assert torch.equal(mine, its)
+    for zeros in mdeq.deq.initial_state(e):
+        assert not zeros.any()
+
+
+def test_encoder_weights_for_a_network_without_that_encoder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mit\.pth: MDEQ has no Mix Transformer"):
+        load_pretrained(MDEQ(), tmp_path / "mit.pth")
 
 
 def test_sides_that_do_not_fit_are_an_error() -> None:

@@ -19,6 +19,7 @@ SEGFORMERS = tuple(f"segformer-{size}" for size in ENCODERS)  # these have an ex
 MODELS = ("polypdeq-add", "polypdeq-res", "mdeq", *SEGFORMERS)
 CLASSES = (1, 3)
 PRECISIONS = ("fp32", "bf16", "fp16")
+INITIALIZERS = ("convolution", "deep")
 CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
 
 
@@ -75,6 +76,7 @@ class HyperConfig:
     lr: float
     final_lr: float
     memory: int
+    initializer: str
     width: int
     rank: int
     steps: int
@@ -228,6 +230,7 @@ def _out_of_range(config: Config) -> list[str]:
     one_of("explicit.precision", config.explicit.precision, PRECISIONS)
     one_of("implicit.precision", config.implicit.precision, PRECISIONS)
     one_of("implicit.solver", config.implicit.solver, CLASSIC_SOLVERS)
+    one_of("hyper.initializer", config.hyper.initializer, INITIALIZERS)
     one_of("hyper.mode", config.hyper.mode, UNROLLS)
     one_of("implicit.backward", config.implicit.backward, BACKWARDS)
     size = config.data.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,6 +83,59 @@ class ImageInitializer(nn.Module):
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         return self.convolution(x).relu()
+
+
+class DeepImageInitializer(nn.Module):
+    """A small UNet whose outputs see most of the image; beyond the papers.
+
+    One convolution cannot guess what a deep f finds in the whole image. This one adds, at a coarse
+    resolution, residual blocks of dilated depthwise convolutions and a global mean.
+
+    Args:
+        inputs: channels of f's first input (B, inputs, H, W), H and W at least ``stride``.
+        channels: channels of the state (B, channels, H, W).
+        width: channels at the coarse resolution, a multiple of 4.
+        stride: of the coarse resolution.
+        blocks: residual blocks there; their dilations are 1, 2, 4, 1, 2, 4, ...
+    """
+
+    def __init__(
+        self, inputs: int, channels: int, width: int = 48, stride: int = 4, blocks: int = 4
+    ):
+        super().__init__()
+        self.arguments = {
+            "inputs": inputs,
+            "channels": channels,
+            "width": width,
+            "stride": stride,
+            "blocks": blocks,
+        }
+        self.local = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.down = nn.Conv2d(inputs, width, stride, stride=stride)
+        self.blocks = nn.ModuleList(_block(width, 2 ** (index % 3)) for index in range(blocks))
+        self.everywhere = nn.Linear(width, width)
+        self.up = nn.Conv2d(width, channels, 1)
+        self.mix = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        coarse = self.down(x)
+        for block in self.blocks:
+            coarse = coarse + block(coarse)
+        coarse = coarse + self.everywhere(coarse.mean(dim=(2, 3)))[:, :, None, None]
+        coarse = F.interpolate(
+            self.up(coarse), size=x.shape[-2:], mode="bilinear", align_corners=False
+        )
+        return self.out(F.gelu(self.mix(torch.cat([coarse, self.local(x)], dim=1))))
+
+
+def _block(width: int, dilation: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, groups=width, bias=False),
+        nn.Conv2d(width, width, 1),
+        nn.GroupNorm(4, width),
+        nn.GELU(),
+    )
 
 
 class MultiScaleInitializer(nn.Module):

@@ -21,6 +21,7 @@ _MODULES: dict[str, type[nn.Module]] = {
         initializers.VectorInitializer,
         initializers.SequenceInitializer,
         initializers.ImageInitializer,
+        initializers.DeepImageInitializer,
         initializers.MultiScaleInitializer,
         network.AlphaBetaNetwork,
         preconditioners.VectorPreconditioner,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deqsolvers.hypersolver.initializers import (
+    DeepImageInitializer,
     ImageInitializer,
     MultiScaleInitializer,
     SequenceInitializer,
@@ -166,11 +167,16 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
+        deep: bool = False,
         rank: int = 0,
     ) -> HyperSolver:
-        """For states (B, channels, H, W) and a first input (B, inputs, H, W); see `for_vectors`."""
+        """For states (B, channels, H, W) and a first input (B, inputs, H, W); see `for_vectors`.
+
+        ``deep`` takes a `DeepImageInitializer` instead of the papers' one convolution.
+        """
+        kind = DeepImageInitializer if deep else ImageInitializer
         return HyperSolver(
-            ImageInitializer(inputs or channels, channels),
+            kind(inputs or channels, channels),
             AlphaBetaNetwork(channels, memory, width),
             pool_images,
             ImagePreconditioner(channels, rank) if rank else None,

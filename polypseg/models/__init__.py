@@ -72,12 +72,15 @@ def build_solver(name: str, memory: int) -> Solver:
 def build_hypersolver(model: ImplicitModel, config: HyperConfig) -> HyperSolver:
     """An untrained HyperSolver for the model's state: one map of PolypDEQ, four of MDEQ.
 
-    ``config.rank`` counts for PolypDEQ only.
+    ``config.initializer`` and ``config.rank`` count for PolypDEQ only.
     """
     if isinstance(model, PolypDEQ):
-        channels = model.encoder.channels[0]
         return HyperSolver.for_images(
-            channels, memory=config.memory, width=config.width, rank=config.rank
+            model.encoder.channels[0],
+            memory=config.memory,
+            width=config.width,
+            deep=config.initializer == "deep",
+            rank=config.rank,
         )
     return HyperSolver.for_scales(CHANNELS, memory=config.memory, width=config.width)
 

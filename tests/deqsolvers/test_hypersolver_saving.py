@@ -24,12 +24,14 @@ MAKERS = {
     "vectors": lambda: HyperSolver.for_vectors(SIZE, memory=3, width=16, rank=2),
     "sequences": lambda: HyperSolver.for_sequences(SIZE, inputs=4, width=8, causal=True),
     "images": lambda: HyperSolver.for_images(SIZE, inputs=3, memory=2, rank=4),
+    "deep": lambda: HyperSolver.for_images(SIZE, inputs=3, deep=True),
     "scales": lambda: HyperSolver.for_scales([4, 6, 8], inputs=3, strides=(1, 2, 8)),
 }
 INPUTS = {
     "vectors": (2, SIZE),
     "sequences": (2, 5, 4),
     "images": (2, 3, 8, 8),
+    "deep": (2, 3, 9, 14),
     "scales": (2, 3, 16, 16),
 }
 

@@ -138,6 +138,18 @@ def test_scales_have_the_sizes_that_strides_say(side: int, strides: tuple[int, .
         assert scale.shape == (2, channels, -(-side // stride), -(-side // stride))
 
 
+def test_the_deep_initializer_sees_the_whole_image() -> None:
+    """A pixel in one corner moves the guess in the other; one convolution's stays the same."""
+    x = torch.randn(1, 3, 33, 30)
+    changed = x.clone()
+    changed[:, :, 0, 0] += 5
+    for deep in (False, True):
+        initializer = HyperSolver.for_images(8, inputs=3, deep=deep).initializer
+        before, after = initializer(x), initializer(changed)
+        assert before.shape == (1, 8, 33, 30)
+        assert torch.equal(before[..., -1, -1], after[..., -1, -1]) is not deep
+
+
 def test_strides_and_channels_must_match() -> None:
     with pytest.raises(ValueError, match="strides must have one entry a scale"):
         MultiScaleInitializer(3, [4, 6], strides=(1, 2, 4))

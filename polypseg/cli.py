@@ -38,6 +38,11 @@ def compare(argv: Sequence[str] | None = None) -> int:
     return _run("compare", "nothing was written", argv)
 
 
+def export(argv: Sequence[str] | None = None) -> int:
+    """`polypseg-export`: write a run's network for use without this package."""
+    return _run("export", "no file was written", argv)
+
+
 def _run(name: str, on_interrupt: str, argv: Sequence[str] | None) -> int:
     program = f"polypseg-{name}"
     try:
@@ -46,8 +51,9 @@ def _run(name: str, on_interrupt: str, argv: Sequence[str] | None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("polypseg", "deqsolvers"):
             raise  # a fault of this installation that no extra cures
+        extras = "polypseg,export" if name == "export" else "polypseg"
         _tell(
-            'polypseg needs its extra packages: pip install "deqsolvers[polypseg]" '
+            f'polypseg needs its extra packages: pip install "deqsolvers[{extras}]" '
             f"({package} is missing)"
         )
         return 2

@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": cli.predict,
     "check": cli.check,
     "compare": cli.compare,
+    "export": cli.export,
 }
 
 
@@ -95,7 +96,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(package):
 
 @pytest.mark.parametrize("arguments", [[], ["--unknown"]])
 def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):
-    for command in (cli.evaluate, cli.predict, cli.check, cli.compare):
+    for command in (cli.evaluate, cli.predict, cli.check, cli.compare, cli.export):
         with pytest.raises(SystemExit) as stopped:
             command(arguments)
         assert stopped.value.code == 2

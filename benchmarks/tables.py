@@ -18,8 +18,12 @@ TITLES = {
     "uneven": "A batch whose samples need very different numbers of steps",
     "backward": "Backward passes after a forward solve to 1e-5: time, memory, error of gradient",
     "memory": "Peak memory",
-    "hypersolver": "HyperSolver against classic solvers at equal distance to z*",
-    "polypdeq": "Prediction with a trained PolypDEQ, images together in a batch",
+    "hypersolver": "Distance to z* and time after so many evaluations of f",
+    "equal-distance": (
+        "Evaluations that classic solvers need to come as close as the HyperSolver, and their time "
+        "over its"
+    ),
+    "polypdeq": "Prediction with a trained PolypDEQ: time of a batch, from image to logits",
 }
 
 

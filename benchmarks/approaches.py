@@ -1,0 +1,152 @@
+"""How fast solvers approach z*: distances and times after every number of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.problems import Problem
+from benchmarks.results import Results, Value
+from benchmarks.settings import Settings
+from benchmarks.timing import paired
+from deqsolvers import Anderson, Broyden, HyperSolver, Picard, Solver, fixed_point
+
+EVALUATIONS = (1, 2, 3, 4, 6, 8, 12)
+ANDERSON = "Anderson"
+_LONGEST = 60  # evaluations within which a classic solver must get as close
+
+
+@dataclass(frozen=True)
+class Approach:
+    """A solver and where it starts; ``start`` None is the solver's own initializer."""
+
+    solver: Solver
+    start: Callable[[], Tensor] | None
+
+    def run(self, problem: Problem, evaluations: int, **options: Any) -> Tensor:
+        """The state after exactly so many evaluations of f."""
+        return fixed_point(
+            problem.f,
+            None if self.start is None else self.start(),
+            (problem.x,),
+            solver=self.solver,
+            tol=None,
+            max_steps=evaluations,
+            final="last",
+            **options,
+        ).z
+
+    def distances(self, problem: Problem, evaluations: int) -> Tensor:
+        """(evaluations, B) relative distances to z* after 1, 2, ... evaluations."""
+        states: list[Tensor] = []
+        last = self.run(problem, evaluations, callback=lambda info: states.append(info.z))
+        exact = problem.exact.flatten(1)
+        return torch.stack(
+            [
+                (z.flatten(1).double() - exact).norm(dim=1) / exact.norm(dim=1)
+                for z in [*states[1:], last]
+            ]
+        )
+
+
+def classic(problem: Problem) -> dict[str, Approach]:
+    def zeros() -> Tensor:
+        return problem.z0
+
+    return {
+        "Picard": Approach(Picard(), zeros),
+        ANDERSON: Approach(Anderson(), zeros),
+        "Broyden": Approach(Broyden(), zeros),
+    }
+
+
+def measure(
+    problem: Problem, hypers: Mapping[str, HyperSolver], settings: Settings, results: Results
+) -> None:
+    """Rows of the tables hypersolver and equal-distance, and the goals on distances.
+
+    Args:
+        hypers: fitted HyperSolvers by name; Anderson also starts from the first one's guess.
+    """
+    first = next(iter(hypers.values()))
+
+    @torch.no_grad()
+    def guess() -> Tensor:
+        return first.start(problem.x)
+
+    chosen = classic(problem)
+    chosen["Anderson with our initializer"] = Approach(Anderson(), guess)
+    chosen.update({name: Approach(hyper, None) for name, hyper in hypers.items()})
+    distances = {name: each.distances(problem, _LONGEST) for name, each in chosen.items()}
+    for count in EVALUATIONS:
+        runs = {name: partial(each.run, problem, count) for name, each in chosen.items()}
+        timings = paired(runs, settings.device, settings.effort)
+        for name in chosen:
+            results.add(
+                "hypersolver",
+                {"problem": problem.name, "method": name, "evaluations": count},
+                {
+                    "mean distance": float(distances[name][count - 1].mean()),
+                    "worst distance": float(distances[name][count - 1].max()),
+                    "time [ms]": timings.of(name).scaled(1e3),
+                },
+            )
+    for name in hypers:
+        for count in EVALUATIONS[:5]:
+            _equal_distance(problem, chosen, distances, name, count, settings, results)
+        _goals(problem, distances, name, results)
+
+
+def _equal_distance(
+    problem: Problem,
+    chosen: Mapping[str, Approach],
+    distances: Mapping[str, Tensor],
+    hyper: str,
+    count: int,
+    settings: Settings,
+    results: Results,
+) -> None:
+    """A row: how long the classic solvers take to a mean distance as small as the HyperSolver's."""
+    reached = float(distances[hyper][count - 1].mean())
+    needed = {}
+    for name in classic(problem):
+        close = (distances[name].mean(1) <= reached).nonzero()
+        if len(close):
+            needed[name] = int(close[0]) + 1
+    runs = {name: partial(chosen[name].run, problem, times) for name, times in needed.items()}
+    runs[hyper] = partial(chosen[hyper].run, problem, count)
+    timings = paired(runs, settings.device, settings.effort)
+    values: dict[str, Value] = {
+        "mean distance": reached,
+        "time [ms]": timings.of(hyper).scaled(1e3),
+    }
+    for name in classic(problem):
+        values[f"{name}'s evaluations"] = needed.get(name)
+        values[f"{name} / time"] = timings.ratio(name, hyper) if name in needed else None
+    key = {"problem": problem.name, "method": hyper, "its evaluations": count}
+    results.add("equal-distance", key, values)
+
+
+def _goals(problem: Problem, distances: Mapping[str, Tensor], name: str, results: Results) -> None:
+    hyper, anderson = distances[name].mean(1), distances[ANDERSON].mean(1)
+    doubled = torch.stack([anderson[2 * k - 1] / hyper[k - 1] for k in (1, 2, 3)])
+    results.goal(
+        f"{problem.name}, {name}: distance of Anderson at 2K / ours at K = 1..3, least",
+        float(doubled.min()),
+        ">=",
+        1,
+        f"K = {int(doubled.argmin()) + 1}",
+    )
+    equal = anderson[:12] / hyper[:12]
+    results.goal(
+        f"{problem.name}, {name}: distance of Anderson / ours at equal K = 1..12, least",
+        float(equal.min()),
+        ">=",
+        1,
+        f"K = {int(equal.argmin()) + 1}",
+    )

@@ -1,0 +1,78 @@
+"""PolypDEQ models and images for the benchmarks."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.problems import Problem, make
+from benchmarks.settings import Settings
+from polypseg.data import list_images, read_image, resize_image, to_tensor
+from polypseg.data.synthetic import draw_pair
+from polypseg.models import PolypDEQ
+
+# Where released models lie, each a folder like a run of polypseg-train.
+MODELS = Path(__file__).resolve().parent.parent / "models"
+
+
+def trained_runs(settings: Settings) -> list[Path]:
+    """The runs that were asked for, or else the released models that are here."""
+    if settings.runs:
+        return list(settings.runs)
+    return sorted(path.parent for path in MODELS.glob("*/config.yaml"))
+
+
+def images(count: int, size: int, settings: Settings) -> Tensor:
+    """(count, 3, size, size) normalised: of the folder that was given, or drawn."""
+    if settings.images is not None:
+        paths = list_images(settings.images)
+        # Spread over the folder, whose neighbours may be frames of one video.
+        paths = [paths[place * len(paths) // count] for place in range(min(count, len(paths)))]
+        arrays = [resize_image(read_image(path), size) for path in paths]
+    else:
+        rng = np.random.default_rng(0)
+        arrays = [draw_pair(rng, size)[0] for _ in range(count)]
+    return torch.stack([to_tensor(array) for array in arrays]).to(settings.device)
+
+
+def problem(name: str, model: PolypDEQ, pictures: Tensor, settings: Settings) -> Problem:
+    """The model's f on the stage-1 features of the pictures."""
+    model = model.eval().to(settings.device)
+    with torch.no_grad():
+        features = model.features(pictures.to(settings.device))
+    return make(name, model.deq.f.double(), features.double(), settings)
+
+
+def phase_seconds(run: Path) -> dict[str, float]:
+    """Seconds of every training phase of a run; empty where it has no results.csv."""
+    seconds: dict[str, float] = defaultdict(float)
+    path = run / "results.csv"
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                seconds[row["phase"]] += float(row["seconds"])
+    return dict(seconds)
+
+
+def dice_lost(run: Path) -> float | None:
+    """Dice points that the HyperSolver loses to the better classic solver, on the worst test set.
+
+    None where the run was not evaluated with both.
+    """
+    dice: dict[str, dict[str, float]] = defaultdict(dict)
+    path = run / "evaluation" / "summary.csv"
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                dice[row["data"]][row["solver"]] = 100 * float(row["mDice"])
+    lost = []
+    for solvers in dice.values():
+        rivals = [solvers[name] for name in ("anderson", "broyden") if name in solvers]
+        if rivals and "hyper" in solvers:
+            lost.append(max(rivals) - solvers["hyper"])
+    return max(lost) if lost else None

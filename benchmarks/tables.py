@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from benchmarks.results import Goal, Results, Row, Value
+from benchmarks.results import Goal, Results, Row, Scalar, Value
 from benchmarks.timing import Quartiles
 
 TITLES = {
@@ -18,12 +18,18 @@ TITLES = {
     "uneven": "A batch whose samples need very different numbers of steps",
     "backward": "Backward passes after a forward solve to 1e-5: time, memory, error of gradient",
     "memory": "Peak memory",
-    "hypersolver": "Distance to z* and time after so many evaluations of f",
+    "hypersolver": "Mean relative distance to z* / milliseconds, after so many evaluations of f",
     "equal-distance": (
         "Evaluations that classic solvers need to come as close as the HyperSolver, and their time "
         "over its"
     ),
     "polypdeq": "Prediction with a trained PolypDEQ: time of a batch, from image to logits",
+}
+
+# Tables with a column for every value of one key, and what their cells show.
+PIVOTS = {
+    "work-precision": ("tolerance", "evaluations", "time [ms]"),
+    "hypersolver": ("evaluations", "mean distance", "time [ms]"),
 }
 
 
@@ -32,7 +38,7 @@ def render(results: Results) -> list[tuple[str, list[str]]]:
     sections = []
     for name in results.tables:
         rows = results.table(name)
-        grid = _pivot(rows) if name == "work-precision" else _grid(rows)
+        grid = _pivot(rows, *PIVOTS[name]) if name in PIVOTS else _grid(rows)
         sections.append((TITLES.get(name, name), align(grid)))
     return sections
 
@@ -103,20 +109,19 @@ def _grid(rows: Sequence[Row]) -> list[list[str]]:
     return grid
 
 
-def _pivot(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a problem and method, a column a tolerance."""
-    tolerances = sorted({row.key["tolerance"] for row in rows}, reverse=True)
-    lines: dict[tuple[str, ...], dict[float, str]] = {}
+def _pivot(rows: Sequence[Row], across: str, *shown: str) -> list[list[str]]:
+    """A column for every value of the key ``across``, whose cells show ``shown``."""
+    columns = sorted({row.key[across] for row in rows}, reverse=across == "tolerance")
+    lines: dict[tuple[str, ...], dict[Scalar, str]] = {}
     for row in rows:
-        head = tuple(number(value) for key, value in row.key.items() if key != "tolerance")
+        head = tuple(number(value) for key, value in row.key.items() if key != across)
         cell = "-"
-        if row.values["reached"]:
-            time = row.values["time [ms]"]
-            assert isinstance(time, Quartiles)
-            cell = f"{number(row.values['evaluations'])} / {number(time.median)}"
-        lines.setdefault(head, {})[row.key["tolerance"]] = cell
-    heads = [key for key in rows[0].key if key != "tolerance"]
-    grid = [[*heads, *(f"{tolerance:.0e}" for tolerance in tolerances)]]
+        if row.values.get("reached", True):
+            values = (row.values[name] for name in shown)
+            cell = " / ".join(number(v.median if isinstance(v, Quartiles) else v) for v in values)
+        lines.setdefault(head, {})[row.key[across]] = cell
+    heads = [key for key in rows[0].key if key != across]
+    grid = [[*heads, *(f"{value:g}" for value in columns)]]
     for head, cells in lines.items():
-        grid.append([*head, *(cells.get(tolerance, "") for tolerance in tolerances)])
+        grid.append([*head, *(cells.get(value, "") for value in columns)])
     return grid

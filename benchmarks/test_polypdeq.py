@@ -11,10 +11,11 @@ import torch
 from benchmarks import approaches, polyps
 from benchmarks.results import Results
 from benchmarks.settings import Settings
+from benchmarks.test_work_precision import TOLERANCES
 from benchmarks.test_work_precision import measure as measure_work_precision
 from benchmarks.timing import Effort, paired
 from deqsolvers import Broyden
-from polypseg.config import HyperConfig
+from polypseg.config import make_config
 from polypseg.inference import load_model
 from polypseg.models import PolypDEQ, build_hypersolver
 from polypseg.predictor import available_solvers
@@ -28,12 +29,14 @@ def test_random_weights(settings: Settings, results: Results) -> None:
     model = PolypDEQ()
     pictures = polyps.images(1, SIZE, settings)
     problem = polyps.problem(f"PolypDEQ {SIZE} px, random", model, pictures, settings)
-    measure_work_precision(problem, settings, results)
+    # Tighter ones take minutes.
+    tolerances = TOLERANCES[:4] if settings.quick else TOLERANCES
+    measure_work_precision(problem, settings, results, tolerances)
 
 
 def test_parameters(results: Results) -> None:
     model = PolypDEQ()
-    hyper = build_hypersolver(model, HyperConfig())
+    hyper = build_hypersolver(model, make_config().hyper)
     share = sum(p.numel() for p in hyper.parameters()) / sum(p.numel() for p in model.parameters())
     results.goal("HyperSolver of PolypDEQ: parameters, % of the DEQ", 100 * share, "<=", 3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -21,11 +22,16 @@ def test_work_precision(name: str, settings: Settings, results: Results) -> None
     measure(PROBLEMS[name](settings), settings, results)
 
 
-def measure(problem: Problem, settings: Settings, results: Results) -> None:
+def measure(
+    problem: Problem,
+    settings: Settings,
+    results: Results,
+    tolerances: Sequence[float] = TOLERANCES,
+) -> None:
     """Rows of the table work-precision for one problem."""
     methods = methods_for(problem)
     batch = len(problem.z0)
-    for tol in TOLERANCES:
+    for tol in tolerances:
         rows = {}
         for method in methods:
             counted = Counted(problem.f)

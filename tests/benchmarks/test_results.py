@@ -146,7 +146,7 @@ def test_a_tolerance_that_was_missed_shows_as_a_dash() -> None:
         {**found.rows[0].values, "reached": False},
     )
     ((_, table),) = render(found)
-    assert table[0].split()[-2:] == ["1e-03", "1e-06"]
+    assert table[0].split()[-2:] == ["0.001", "1e-06"]
     assert table[1].split()[-4:] == ["12.0", "/", "4.00", "-"]
 
 

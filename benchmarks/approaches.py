@@ -14,7 +14,7 @@ from benchmarks.problems import Problem
 from benchmarks.results import Results, Value
 from benchmarks.settings import Settings
 from benchmarks.timing import paired
-from deqsolvers import Anderson, Broyden, HyperSolver, Picard, Solver, fixed_point
+from deqsolvers import Anderson, Broyden, Picard, Solver, fixed_point
 
 EVALUATIONS = (1, 2, 3, 4, 6, 8, 12)
 ANDERSON = "Anderson"
@@ -66,12 +66,12 @@ def classic(problem: Problem) -> dict[str, Approach]:
 
 
 def measure(
-    problem: Problem, hypers: Mapping[str, HyperSolver], settings: Settings, results: Results
+    problem: Problem, hypers: Mapping[str, Solver], settings: Settings, results: Results
 ) -> None:
     """Rows of the tables hypersolver and equal-distance, and the goals on distances.
 
     Args:
-        hypers: fitted HyperSolvers by name; Anderson also starts from the first one's guess.
+        hypers: fitted HyperSolvers, or solvers that begin with one, by name; Anderson also starts from the first one's guess.
     """
     first = next(iter(hypers.values()))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.problems import Problem
-from deqsolvers import Anderson, Broyden, Picard, Solver, fixed_point
+from deqsolvers import Anderson, Broyden, NewtonKrylov, Picard, Solver, fixed_point
 
 OURS, TORCHDEQ, SCIPY = "deqsolvers", "torchdeq", "SciPy"
 
@@ -49,6 +50,8 @@ def methods_for(problem: Problem) -> list[Method]:
         _ours("Picard", Picard()),
         _ours("Anderson", Anderson()),
         _ours("Broyden", Broyden()),
+        # Its probes are steps that do not lower the residual.
+        _ours("Newton-Krylov", NewtonKrylov(), stall_after=100),
     ]
     if importlib.util.find_spec("torchdeq"):
         chosen += [_torchdeq(name) for name in ("Picard", "Anderson", "Broyden")]
@@ -61,7 +64,7 @@ def methods_for(problem: Problem) -> list[Method]:
     return chosen
 
 
-def _ours(name: str, solver: Solver) -> Method:
+def _ours(name: str, solver: Solver, **options: Any) -> Method:
     def solve(
         f: Callable[[Tensor, Tensor], Tensor], problem: Problem, tol: float, steps: int
     ) -> Tensor:

@@ -22,6 +22,7 @@ COLOURS = {
     "Anderson": "#0072B2",
     "Broyden": "#E69F00",
     "HyperSolver": "#D55E00",
+    "HyperSolver, then Anderson": "#882255",
     "HyperSolver, preconditioned": "#000000",
     "Anderson with our initializer": "#56B4E9",
     "Newton-Krylov": "#CC79A7",

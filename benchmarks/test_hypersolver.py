@@ -11,7 +11,7 @@ from benchmarks.maps import PerceptronMap
 from benchmarks.problems import make
 from benchmarks.results import Results
 from benchmarks.settings import Settings
-from deqsolvers import DEQ, HyperSolver, fit_hypersolver
+from deqsolvers import DEQ, HandOver, HyperSolver, Solver, fit_hypersolver
 
 FEATURES, LATENT, BATCH = 64, 16, 64
 # Scale of the map: the weaker contraction needs many classic steps, the stronger one few.
@@ -34,10 +34,12 @@ def test_hypersolver(name: str, settings: Settings, results: Results) -> None:
     problem = make(name, f, draw(seed=1), settings)
     updates = 200 if settings.quick else 800
     batches = [draw(seed=2 + place).to(problem.x) for place in range(updates // 4)]
-    hypers = {}
+    hypers: dict[str, Solver] = {}
     for label, rank in (("HyperSolver", 0), ("HyperSolver, preconditioned", FEATURES // 2)):
         torch.manual_seed(0)
         hyper = HyperSolver.for_vectors(FEATURES, rank=rank).to(problem.x)
         fit_hypersolver(hyper, DEQ(problem.f), batches, epochs=4, lr=3e-3, cache=True)
         hypers[label] = hyper
+        if label == "HyperSolver":
+            hypers["HyperSolver, then Anderson"] = HandOver(hyper)
     approaches.measure(problem, hypers, settings, results)

@@ -32,6 +32,8 @@ def measure(
     methods = methods_for(problem)
     batch = len(problem.z0)
     for tol in tolerances:
+        if not methods:
+            break
         rows = {}
         for method in methods:
             counted = Counted(problem.f)
@@ -60,5 +62,9 @@ def measure(
                 },
                 {"time [ms]": timings.of(method).scaled(1e3), **rows[method]},
             )
-        # What fails here fails at tighter tolerances too, slowly.
-        methods = [method for method in methods if rows[method]["reached"]]
+        # What ran out of steps here does so at tighter tolerances too, slowly.
+        methods = [
+            method
+            for method in methods
+            if rows[method]["reached"] or rows[method]["evaluations"] < STEPS
+        ]

@@ -71,7 +71,8 @@ def measure(
     """Rows of the tables hypersolver and equal-distance, and the goals on distances.
 
     Args:
-        hypers: fitted HyperSolvers, or solvers that begin with one, by name; Anderson also starts from the first one's guess.
+        hypers: fitted HyperSolvers, or solvers that begin with one, by name; Anderson also starts
+            from the first one's guess.
     """
     first = next(iter(hypers.values()))
 

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import machine
+from benchmarks.methods import OURS, SCIPY, TORCHDEQ
 from benchmarks.results import Results, Row
 from benchmarks.timing import Quartiles
 
@@ -39,11 +40,11 @@ _PASSES = {
     "unrolled": "#000000",
 }
 # Columns of tables that set both libraries side by side.
-LIBRARY_COLUMNS = {"deqsolvers": "ours [ms]", "torchdeq": "torchdeq [ms]"}
+LIBRARY_COLUMNS = {OURS: "ours [ms]", TORCHDEQ: "torchdeq [ms]"}
 _STYLES: dict[str, dict[str, Any]] = {
-    "deqsolvers": {"linestyle": "-", "marker": "o"},
-    "torchdeq": {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
-    "SciPy": {"linestyle": ":", "marker": "^", "markerfacecolor": "white"},
+    OURS: {"linestyle": "-", "marker": "o"},
+    TORCHDEQ: {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+    SCIPY: {"linestyle": ":", "marker": "^", "markerfacecolor": "white"},
 }
 
 
@@ -223,21 +224,19 @@ def hypersolver(results: Results) -> Figure:
             for (method,), line in _groups(mine, "method").items():
                 x = [row.key[column] if column in row.key else _number(row, column) for row in line]
                 for distance, width in (("mean distance", 2.0), ("worst distance", 0.6)):
-                    style = _style(method, "deqsolvers")
+                    style = _style(method, OURS)
                     style.update(linewidth=width, markersize=4 if width > 1 else 0)
                     panel.plot(x, [_number(row, distance) for row in line], **style)
             label = "evaluations of f" if column == "evaluations" else column
             panel.set(yscale="log", xlabel=label, ylabel="||z - z*|| / ||z*||", title=problem)
-    _legend(
-        figure, [Row("", {"method": r.key["method"], "library": "deqsolvers"}, {}) for r in rows]
-    )
+    _legend(figure, rows)
     return figure
 
 
 def _panels(
     count: int, results: Results, title: str, width: float = 4.2
 ) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 3)
+    columns = min(count, 2 if count == 4 else 3)
     lines = -(-count // columns)
     figure = Figure(figsize=(max(width * columns, 9), 3.5 * lines + 1.6), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
@@ -249,8 +248,8 @@ def _panels(
         panel.spines[["top", "right"]].set_visible(False)
         panel.title.set_fontsize(9)
     head = machine.lines(results.header)
-    figure.suptitle(f"{title}\n", fontsize=12, fontweight="bold")
-    figure.text(0.5, 0.985, f"\n\n{head[2]}; {head[3]}", ha="center", va="top", fontsize=7)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.supxlabel(f"{head[2]}\n{head[3]}; {head[1]}", fontsize=7, color="#555555")
     return figure, axes[:count]
 
 
@@ -271,12 +270,18 @@ def _style(method: str, library: str) -> dict[str, Any]:
 
 
 def _legend(figure: Figure, rows: Sequence[Row]) -> None:
-    pairs = dict.fromkeys((row.key["method"], row.key["library"]) for row in rows)
+    # Rows without a library are all ours.
+    pairs = dict.fromkeys((row.key["method"], row.key.get("library")) for row in rows)
     handles = [
-        Line2D([], [], label=f"{method}, {library}", **_style(method, library))
+        Line2D(
+            [],
+            [],
+            label=f"{method}, {library}" if library else method,
+            **_style(method, library or OURS),
+        )
         for method, library in pairs
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
 
 
 def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:

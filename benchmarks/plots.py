@@ -100,7 +100,7 @@ def _by_problem(
 ) -> Figure:
     rows = [row for row in results.table("work-precision") if row.values["reached"]]
     problems = list(dict.fromkeys(row.key["problem"] for row in rows))
-    figure, axes = _panels(len(problems), results, title)
+    figure, axes = _panels(len(problems), title)
     for panel, problem in zip(axes, problems, strict=True):
         mine = [row for row in rows if row.key["problem"] == problem]
         first = mine[0].key
@@ -114,7 +114,7 @@ def _by_problem(
         panel.set(xscale="log", yscale="log", xlabel=horizontal[0], ylabel=vertical[0])
         if horizontal[1] == "tolerance":
             panel.invert_xaxis()
-    _legend(figure, rows)
+    _method_legend(figure, rows, results)
     return figure
 
 
@@ -123,7 +123,7 @@ def overhead(results: Results) -> Figure:
     rows = results.table("overhead")
     methods = list(dict.fromkeys(row.key["method"] for row in rows))
     figure, axes = _panels(
-        len(methods), results, "Time of a step beyond f (low is better; bars are quartiles)"
+        len(methods), "Time of a step beyond f (low is better; bars are quartiles)"
     )
     for panel, method in zip(axes, methods, strict=True):
         mine = [row for row in rows if row.key["method"] == method]
@@ -144,14 +144,14 @@ def overhead(results: Results) -> Figure:
         for library in LIBRARY_COLUMNS
     ]
     handles.append(Line2D([], [], color="black", label="copying the bytes that must move"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    _legend(figure, handles, results)
     return figure
 
 
 def scaling(results: Results) -> Figure:
     rows = results.table("scaling")
     series = list(dict.fromkeys(row.key["varied"] for row in rows))
-    figure, axes = _panels(len(series), results, "Time of a step beyond f (low is better)")
+    figure, axes = _panels(len(series), "Time of a step beyond f (low is better)")
     for panel, varied in zip(axes, series, strict=True):
         mine = [row for row in rows if row.key["varied"] == varied]
         fixed = [name for name in ("batch", "features", "memory") if name != varied]
@@ -170,7 +170,7 @@ def scaling(results: Results) -> Figure:
         for row in rows
         for library in LIBRARY_COLUMNS
     ]
-    _legend(figure, keys)
+    _method_legend(figure, keys, results)
     return figure
 
 
@@ -178,9 +178,7 @@ def backward(results: Results) -> Figure:
     """Time of the backward pass against the error of the gradient, a point a mode."""
     rows = results.table("backward")
     problems = list(dict.fromkeys(row.key["problem"] for row in rows))
-    figure, axes = _panels(
-        len(problems), results, "Backward passes (left and low is better)", width=5.6
-    )
+    figure, axes = _panels(len(problems), "Backward passes (left and low is better)", width=5.6)
     names = list(dict.fromkeys(row.key["backward"] for row in rows))
     for panel, problem in zip(axes, problems, strict=True):
         for row in rows:
@@ -201,7 +199,7 @@ def backward(results: Results) -> Figure:
     for library in dict.fromkeys(row.key["library"] for row in rows):
         style = dict(_STYLES[library], linestyle="")
         handles.append(Line2D([], [], color="grey", label=library, **style))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    _legend(figure, handles, results)
     return figure
 
 
@@ -212,7 +210,6 @@ def hypersolver(results: Results) -> Figure:
     axes: Sequence[Axes]
     figure, axes = _panels(
         2 * len(problems),
-        results,
         "Distance to z* (left and low is better): mean thick, worst sample thin",
     )
     for place, problem in enumerate(problems):
@@ -229,13 +226,11 @@ def hypersolver(results: Results) -> Figure:
                     panel.plot(x, [_number(row, distance) for row in line], **style)
             label = "evaluations of f" if column == "evaluations" else column
             panel.set(yscale="log", xlabel=label, ylabel="||z - z*|| / ||z*||", title=problem)
-    _legend(figure, rows)
+    _method_legend(figure, rows, results)
     return figure
 
 
-def _panels(
-    count: int, results: Results, title: str, width: float = 4.2
-) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, title: str, width: float = 4.2) -> tuple[Figure, list[Axes]]:
     columns = min(count, 2 if count == 4 else 3)
     lines = -(-count // columns)
     figure = Figure(figsize=(max(width * columns, 9), 3.5 * lines + 1.6), layout="constrained")
@@ -247,9 +242,7 @@ def _panels(
         panel.grid(alpha=0.3, which="major")
         panel.spines[["top", "right"]].set_visible(False)
         panel.title.set_fontsize(9)
-    head = machine.lines(results.header)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    figure.supxlabel(f"{head[2]}\n{head[3]}; {head[1]}", fontsize=7, color="#555555")
     return figure, axes[:count]
 
 
@@ -269,7 +262,7 @@ def _style(method: str, library: str) -> dict[str, Any]:
     return {"color": COLOURS[method], "markersize": 4, "linewidth": 1.4, **_STYLES[library]}
 
 
-def _legend(figure: Figure, rows: Sequence[Row]) -> None:
+def _method_legend(figure: Figure, rows: Sequence[Row], results: Results) -> None:
     # Rows without a library are all ours.
     pairs = dict.fromkeys((row.key["method"], row.key.get("library")) for row in rows)
     handles = [
@@ -281,7 +274,21 @@ def _legend(figure: Figure, rows: Sequence[Row]) -> None:
         )
         for method, library in pairs
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+    _legend(figure, handles, results)
+
+
+def _legend(figure: Figure, handles: list[Line2D], results: Results) -> None:
+    """Below the panels, with the machine and versions as its title."""
+    _, when, where, what = machine.lines(results.header)
+    legend = figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(handles), 4),
+        title=f"{where}\n{what}; {when}",
+        title_fontsize=7,
+        frameon=False,
+    )
+    legend.get_title().set_multialignment("center")
 
 
 def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:

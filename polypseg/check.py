@@ -44,12 +44,13 @@ class Check:
         return sum(fault.severity == "error" for fault in self.faults)
 
 
-def check_folders(roots: Sequence[Path], *, progress: bool = False) -> Check:
+def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = False) -> Check:
     """Decode every file of data folders and collect all that is wrong; changes nothing.
 
     Args:
         roots: each a root with `TrainDataset/` and `TestDataset/<NAME>/`, or one folder with
             `images` and `masks`.
+        classes: of the masks: 1, or 3 for NeoPolyp's colours.
         progress: whether to show a progress bar.
 
     Returns:
@@ -81,7 +82,7 @@ def check_folders(roots: Sequence[Path], *, progress: bool = False) -> Check:
             bar.update()
 
         for name, group in pairs.items():
-            inspections[name] = inspect_pairs(group, advance)
+            inspections[name] = inspect_pairs(group, advance, classes=classes)
     faults += [fault for group in inspections.values() for one in group for fault in one.faults]
     duplicates = find_duplicates(
         {name: [one.fingerprint for one in group] for name, group in inspections.items()}
@@ -212,6 +213,13 @@ def _parser() -> argparse.ArgumentParser:
         "masks/",
     )
     parser.add_argument(
+        "--classes",
+        type=int,
+        choices=(1, 3),
+        default=1,
+        help="of the masks: 1, black and white, or 3, NeoPolyp's black, red and green; default: 1",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the result as JSON too; - prints only that"
     )
     return parser
@@ -220,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `polypseg-check`; errors of the program are raised (see `polypseg.cli`)."""
     options = _parser().parse_args(argv)
-    check = check_folders(options.data, progress=True)
+    check = check_folders(options.data, classes=options.classes, progress=True)
     document = json.dumps(as_json(check), indent=2)
     if options.json == STDOUT:
         print(document)

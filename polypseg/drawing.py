@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from polypseg.data.classes import CLASS_COLOURS
+
 Colour = tuple[int, int, int]
 
 PREDICTION: Colour = (255, 230, 0)  # yellow
@@ -45,6 +47,32 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: Colour = PREDICTION) ->
     mixed = (1 - TINT) * image[mask] + TINT * np.array(colour)
     tinted[mask] = mixed.round().astype(np.uint8)
     return draw_contour(tinted, mask, colour)
+
+
+def overlay_labels(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Tint and outline each class of polyps: yellow for one, the classes' own colours for three.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        labels: (H, W) uint8 class numbers, 0 for background.
+        classes: 1 or 3.
+    """
+    if classes == 1:
+        return overlay(image, labels > 0)
+    for number in range(1, classes):
+        image = overlay(image, labels == number, CLASS_COLOURS[number])
+    return image
+
+
+def encode_labels(labels: np.ndarray, classes: int) -> bytes:
+    """Class numbers (H, W) uint8 as a PNG: 0 and 255 of one class, NeoPolyp's colours of three."""
+    if classes == 1:
+        return encode((labels > 0).astype(np.uint8) * np.uint8(255), "PNG")
+    picture = Image.fromarray(labels)
+    picture.putpalette([value for colour in CLASS_COLOURS for value in colour])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def fit(image: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from polypseg.config import load_config
-from polypseg.data import Pair, read_pair
+from polypseg.data import Pair, read_image, read_pair
+from polypseg.data.classes import CLASS_NAMES
 from polypseg.evaluation import PROGRAM, Evaluation, earlier_files, write_evaluation
 from polypseg.predictor import Predictor, available_solvers
 from polypseg.protocols import POLYP, PROTOCOLS, check_protocols, score_result
@@ -33,6 +34,7 @@ def evaluate_models(
     pairs: Sequence[Pair],
     progress: str | None = None,
     protocols: Sequence[str] = ("default",),
+    classes: int = 1,
 ) -> dict[str, list[ImageRow]]:
     """Predict every pair with every predictor, and score it under every protocol.
 
@@ -44,6 +46,7 @@ def evaluate_models(
         pairs: images and masks; see `audit_pairs`.
         progress: text beside a progress bar; None shows no bar.
         protocols: of `PROTOCOLS`.
+        classes: that the networks tell apart, 1 or 3.
 
     Returns:
         For each predictor the rows in the order of the pairs, within a pair by protocol and target.
@@ -53,14 +56,15 @@ def evaluate_models(
     """
     rows: dict[str, list[ImageRow]] = {name: [] for name in predictors}
     names = list(predictors)
+    polyps = CLASS_NAMES[1:classes]
     bar = tqdm(pairs, desc=progress, unit="image", disable=None if progress else True)
     for index, pair in enumerate(bar):
-        image, truth = read_pair(pair)
+        image, truth = read_pair(pair, classes)
         for turn in range(len(names)):
             name = names[(index + turn) % len(names)]
             result = predictors[name].predict(image, measure=True)
             for protocol in protocols:
-                for target, scored in score_result(result, truth, protocol).items():
+                for target, scored in score_result(result, truth, protocol, polyps).items():
                     rows[name].append(
                         ImageRow(
                             pair.stem,
@@ -82,7 +86,7 @@ def evaluate_models(
 
 def warm_up(predictors: Mapping[str, Predictor], pair: Pair) -> None:
     """Let each predictor run a few times: first calls allocate memory and choose kernels."""
-    image, _ = read_pair(pair)
+    image = read_image(pair.image)
     for predictor in predictors.values():
         for _ in range(WARM_UP):
             predictor.predict(image)
@@ -137,13 +141,16 @@ def evaluate_run(
         name: Predictor.from_run(run, name, tol=tol, max_steps=max_steps, device=device)
         for name in names
     }
-    check_protocols(protocols, load_config(run / "config.yaml").model.classes)
+    config = load_config(run / "config.yaml")
+    classes = config.model.classes
+    check_protocols(protocols, classes)
     limited = {name: list(pairs[:limit]) for name, pairs in sets.items()}
-    audit_test_sets(limited)
+    audit_test_sets(limited, classes)
 
     warm_up(predictors, next(iter(limited.values()))[0])
     rows = {
-        name: evaluate_models(predictors, pairs, name, protocols) for name, pairs in limited.items()
+        name: evaluate_models(predictors, pairs, name, protocols, classes)
+        for name, pairs in limited.items()
     }
     summary = [
         summarise(folder, solver, same)
@@ -158,10 +165,16 @@ def evaluate_run(
         "command": command,
         "run": str(run),
         "limit": limit,
-        "config": asdict(load_config(run / "config.yaml")),
+        "config": asdict(config),
     }
     write_evaluation(evaluation, settings, earlier)
     return evaluation
+
+
+def run_classes(run: Path) -> int:
+    """How many classes a run's masks have; 1 where there is no run, which is told elsewhere."""
+    path = run / "config.yaml"
+    return load_config(path).model.classes if path.is_file() else 1
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -188,7 +201,7 @@ def report_evaluation(run: Path, evaluation: Evaluation) -> Path:
         )
     ]
     worst = [pair for _, pair in sorted(scored, key=lambda item: item[0])[:PICTURES]]
-    examples = {name: worst_examples(predictor, worst)}
+    examples = {name: worst_examples(predictor, worst, run_classes(run))}
     traces = residual_traces(evaluation.predictors, worst)
     return write_report(run, examples, traces)
 
@@ -252,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     evaluation = evaluate_run(
         options.run,
-        find_test_sets(options.data),
+        find_test_sets(options.data, run_classes(options.run)),
         options.solvers,
         options.out,
         protocols=options.protocols,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from polypseg.checkpoint import write_atomic
 from polypseg.data import read_image
-from polypseg.drawing import encode, overlay
+from polypseg.drawing import encode, encode_labels, overlay_labels
 from polypseg.metrics import THRESHOLD
 from polypseg.predictor import Predictor, available_solvers
 from polypseg.released import released_run
@@ -63,10 +63,11 @@ class Predictions:
 def predict_files(predictor: Predictor, sources: Sequence[Path | str], out: Path) -> Predictions:
     """Segment images and videos and write what was found.
 
-    Written are, for every image, `masks/<stem>.png` (8 bits, 0 and 255, at the image's own size)
-    and `overlays/<stem>.jpg` (the outline in yellow), for every video what `predict_video` writes,
-    and for all images `predictions.csv`. `predictions.json` holds all of this and what made it. The
-    EXIF orientation of an image is applied first, so masks are upright.
+    Written are, for every image, `masks/<stem>.png` (8 bits, 0 and 255, or NeoPolyp's colours if
+    the network tells its classes apart; at the image's own size) and `overlays/<stem>.jpg`
+    (outlines), for every video what `predict_video` writes, and for all images `predictions.csv`.
+    `predictions.json` holds all of this and what made it. The EXIF orientation of an image is
+    applied first, so masks are upright.
 
     Args:
         predictor: the network.
@@ -85,9 +86,12 @@ def predict_files(predictor: Predictor, sources: Sequence[Path | str], out: Path
         image = read_image(file)
         result = predictor.predict(image, measure=True)
         mask = result.mask
-        white = mask.astype(np.uint8) * np.uint8(255)
-        write_atomic(out / "masks" / f"{file.stem}.png", encode(white, "PNG"))
-        write_atomic(out / "overlays" / f"{file.stem}.jpg", encode(overlay(image, mask), "JPEG"))
+        classes = len(result.probabilities)
+        write_atomic(out / "masks" / f"{file.stem}.png", encode_labels(result.labels, classes))
+        write_atomic(
+            out / "overlays" / f"{file.stem}.jpg",
+            encode(overlay_labels(image, result.labels, classes), "JPEG"),
+        )
         boxes.append(find_polyps(mask))
         rows.append(
             PredictionRow(

@@ -82,16 +82,11 @@ class Predictor:
 
         Raises:
             CheckpointError: the run is missing, damaged or lacks the weights for this solver.
-            ValueError: the solver is unknown, an option is out of range, there is no such device,
-                or the run tells several classes apart.
+            ValueError: the solver is unknown, an option is out of range, or there is no such
+                device.
         """
         solver = available_solvers(run)[-1] if solver is None else solver
         model, config = load_model(Path(run), solver, tol=tol, max_steps=max_steps)
-        if config.model.classes != 1:
-            raise ValueError(
-                f"{run}: the network tells {config.model.classes} classes apart; a polyp mask "
-                "needs a run with model.classes=1"
-            )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:

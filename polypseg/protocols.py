@@ -62,7 +62,7 @@ def score_result(
         ValueError: the protocol is unknown, or "pranet", which knows one class only, is asked for
             several.
     """
-    check_protocols([protocol], len(classes))
+    check_protocols([protocol], len(classes) + 1)
     if protocol == "pranet":
         return {POLYP: _pranet(result.probability, truth > 0)}
     predicted = result.labels

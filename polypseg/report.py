@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from polypseg.checkpoint import write_atomic
-from polypseg.data import Pair, read_pair
+from polypseg.data import Pair, read_image, read_pair
 from polypseg.drawing import PREDICTION, TRUTH, draw_contour, encode, fit, overlay
 from polypseg.metrics import score_masks
 from polypseg.predictor import Predictor
@@ -42,16 +42,18 @@ class Example:
     dice: float
 
 
-def worst_examples(predictor: Predictor, pairs: Iterable[Pair]) -> list[Example]:
+def worst_examples(predictor: Predictor, pairs: Iterable[Pair], classes: int = 1) -> list[Example]:
     """Predict the pairs and return up to 12 with the lowest Dice, worst first."""
     # A generator, so that no more than these are in memory.
-    return heapq.nsmallest(PICTURES, _examples(predictor, pairs), key=lambda example: example.dice)
+    return heapq.nsmallest(
+        PICTURES, _examples(predictor, pairs, classes), key=lambda example: example.dice
+    )
 
 
-def _examples(predictor: Predictor, pairs: Iterable[Pair]) -> Iterator[Example]:
+def _examples(predictor: Predictor, pairs: Iterable[Pair], classes: int) -> Iterator[Example]:
     for pair in pairs:
-        image, mask = read_pair(pair)
-        truth, prediction = mask.astype(bool), predictor.predict(image).mask
+        image, mask = read_pair(pair, classes)
+        truth, prediction = mask > 0, predictor.predict(image).mask
         yield Example(pair.stem, image, truth, prediction, score_masks(prediction, truth).dice)
 
 
@@ -59,7 +61,7 @@ def residual_traces(
     predictors: Mapping[str, Predictor], pairs: Sequence[Pair]
 ) -> dict[str, list[np.ndarray]]:
     """For each iterative solver and each pair, the residual at every evaluation of f."""
-    images = [read_pair(pair)[0] for pair in pairs]
+    images = [read_image(pair.image) for pair in pairs]
     return {
         name: [predictor.residuals(image, TRACED_EVALUATIONS) for image in images]
         for name, predictor in predictors.items()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from polypseg.checkpoint import write_atomic
 from polypseg.data import DataError, Fault
-from polypseg.drawing import encode, overlay
+from polypseg.drawing import encode_labels, overlay_labels
 from polypseg.metrics import Confusion
 from polypseg.predictor import Predictor
 from polypseg.result import Result
@@ -96,7 +96,7 @@ def check_video(path: Path) -> None:
 def predict_video(predictor: Predictor, path: Path, out: Path) -> tuple[list[FrameRow], Saving]:
     """Segment every frame of a video and write what was found.
 
-    Written are `masks/<stem>/<frame>.png` (8 bits, 0 and 255, at the video's own size),
+    Written are `masks/<stem>/<frame>.png` (as for images, at the video's own size),
     `overlays/<stem>.mp4` (the outline in yellow) and `videos/<stem>.csv` with a row per frame.
 
     A frame whose warm-started solve fails is solved again from scratch.
@@ -121,10 +121,11 @@ def predict_video(predictor: Predictor, path: Path, out: Path) -> tuple[list[Fra
                 if warm and number % COLD_EVERY == 0:
                     cold = predictor.predict(image, measure=True)
                 state = frame.state
-                mask = frame.result.mask
-                white = mask.astype(np.uint8) * np.uint8(255)
-                write_atomic(out / "masks" / path.stem / f"{number:06d}.png", encode(white, "PNG"))
-                write(overlay(image, mask))
+                labels, classes = frame.result.labels, len(frame.result.probabilities)
+                write_atomic(
+                    out / "masks" / path.stem / f"{number:06d}.png", encode_labels(labels, classes)
+                )
+                write(overlay_labels(image, labels, classes))
                 rows.append(_row(number, number / rate, frame.result, cold))
     write_atomic(out / "videos" / f"{path.stem}.csv", to_csv(rows, FrameRow))
     return rows, saving(rows)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from polypseg.checkpoint import CheckpointError
-from polypseg.config import load_config, make_config
+from polypseg.config import make_config
 from polypseg.inference import SOLVERS, load_model
 from polypseg.models import Prediction
 from polypseg.predictor import Predictor, available_solvers
@@ -207,9 +207,20 @@ def test_runs_that_cannot_make_a_polyp_mask_are_refused(tiny_run, copy_run):
         Predictor.from_run(run, "explicit")
 
 
-def test_a_run_of_several_classes_is_refused(copy_run, monkeypatch):
-    run = copy_run()
-    config = load_config(run / "config.yaml", ["model.classes=3"])
-    monkeypatch.setattr("polypseg.predictor.load_model", lambda *a, **k: (nn.Identity(), config))
-    with pytest.raises(ValueError, match="tells 3 classes apart"):
-        Predictor.from_run(run, "explicit")
+def test_classes_are_told_apart_by_the_largest_logit():
+    class Classes(Fixed):
+        def forward(self, images: torch.Tensor) -> Prediction:
+            return Prediction(self.logits[None], None)
+
+    logits = torch.zeros(3, 32, 32)
+    logits[1, :16] = 2.0
+    logits[2, 16:, :8] = 3.0
+    result = Predictor(Classes(logits), 32).predict(np.zeros((32, 32, 3), np.uint8))
+    np.testing.assert_array_equal(result.labels, logits.argmax(0))
+    np.testing.assert_array_equal(result.mask, logits.argmax(0) > 0)
+    assert result.probability[0, 0] == pytest.approx(1 - 1 / (2 + np.exp(2)))
+    broken = logits.clone()
+    broken[1, 0, 0] = torch.inf
+    nothing = Predictor(Classes(broken), 32).predict(np.zeros((32, 32, 3), np.uint8))
+    assert nothing.status == "NON_FINITE"
+    assert not nothing.mask.any()

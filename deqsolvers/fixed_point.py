@@ -137,6 +137,7 @@ def iterate(
     mask = HostMask(z.device)
     may_drop = early and options.drop_converged and not torch.is_grad_enabled()
     may_drop = may_drop and not transforming()  # a vmapped dimension has masks of its own
+    rounds = layout.rounds
     residuals: list[Tensor] = []
     calls = rows_evaluated = 0
     evaluations = options.max_steps + (options.final == "best")
@@ -192,7 +193,7 @@ def iterate(
             if running is not None and not running.all():
                 # Decided samples that stay in the batch keep a finite state for f to work on.
                 z = torch.where(progress.running.unsqueeze(1), z, progress.best_z)
-            if layout.rounds:
+            if rounds:
                 # What f will see, so that the residual belongs to the state that is returned.
                 z = layout.flatten(layout.unflatten(z))
         else:

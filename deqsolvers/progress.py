@@ -69,9 +69,10 @@ class Progress:
         size = residual = torch.linalg.vector_norm(g, dim=1)
         if self.options.relative:
             residual = size / torch.linalg.vector_norm(fz, dim=1)
-        fine = (size < self._best_size) & (residual > (self.options.tol or 0.0))
+        fine = size < self._best_size
         if self.options.tol is not None:
-            fine = fine & (residual < _STALL_FACTOR * self._mark)
+            fine &= residual > self.options.tol
+            fine &= residual < _STALL_FACTOR * self._mark
         if not bool(fine.all()):
             return None
         self.best_z, self._best_size, self.best_residual = z, size, residual

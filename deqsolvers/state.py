@@ -118,7 +118,9 @@ class Layout:
     def _column(self, leaf: Tensor) -> Tensor:
         if leaf.is_complex():
             leaf = torch.view_as_real(leaf.resolve_conj())
-        return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])).to(self.dtype)
+        if leaf.dim() != 2:
+            leaf = leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+        return leaf if leaf.dtype == self.dtype else leaf.to(self.dtype)
 
     def unflatten(self, matrix: Tensor) -> Any:
         """The nested state that ``matrix`` (rows, features) stands for; views where possible."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deqsolvers.buffers import Buffers
 from deqsolvers.modes import may_look
@@ -20,7 +21,7 @@ _TINY = torch.finfo(torch.float64).tiny
 class _AndersonMemory(Memory):
     df: History  # differences of successive f(z)
     dg: History  # differences of successive residuals
-    gram: Tensor  # (B, memory, memory) float64, inner products of the columns of dg
+    gram: Tensor  # (B, filled, filled) float64, inner products of the columns of dg
     products: Tensor  # (B, filled) float64, columns of dg times the current residual
     # (B,) how many of the newest columns are in use, fewer after a restart. None on a CPU until the
     # first restart: all of them, which saves masks.
@@ -80,7 +81,7 @@ class Anderson(Solver):
         return _AndersonMemory(
             df=History(self.memory, z),
             dg=History(self.memory, z),
-            gram=z.new_zeros(batch, self.memory, self.memory, dtype=torch.float64),
+            gram=z.new_zeros(batch, 0, 0, dtype=torch.float64),
             products=z.new_zeros(batch, 0, dtype=torch.float64),
             length=torch.zeros(batch, dtype=torch.int64, device=z.device) if masks else None,
             smallest=z.new_full((batch,), torch.inf),
@@ -106,23 +107,22 @@ class Anderson(Solver):
     def _update_gram(self, memory: _AndersonMemory, g: Tensor) -> None:
         # One pass over the history gives dG g. The new Gram row dG (g - g_previous) is the change
         # of that product, which saves the second pass and keeps its relative accuracy.
-        slot, filled = memory.dg.newest, memory.dg.filled
+        slot, grown = memory.dg.newest, memory.dg.filled - memory.gram.shape[1]
         products = memory.dg.dot(g).double()
-        previous = memory.products
-        if previous.shape[1] < filled:
-            previous = torch.nn.functional.pad(previous, (0, 1))
-        row = products - previous
+        if grown:
+            memory.products = pad(memory.products, (0, grown))
+            memory.gram = pad(memory.gram, (0, grown, 0, grown))
+        row = products - memory.products
         row[:, slot] = torch.linalg.vector_norm(memory.dg.buffer[slot], dim=1).double().square()
         # Autograd may have saved the matrix of the step before.
         gram = memory.gram.clone() if torch.is_grad_enabled() else memory.gram
-        gram[:, slot, :filled] = row
-        gram[:, :filled, slot] = row
+        gram[:, slot] = row
+        gram[:, :, slot] = row
         memory.products, memory.gram = products, gram
 
     def _weights(self, memory: _AndersonMemory, g: Tensor) -> Tensor:
         """(B, filled) gamma."""
-        filled = memory.dg.filled
-        system, right = memory.gram[:, :filled, :filled].clone(), memory.products
+        system, right = memory.gram.clone(), memory.products
         if memory.length is not None:
             memory.length = (memory.length + 1).clamp_max(self.memory)
             used = memory.dg.ages() < memory.length.unsqueeze(1)
@@ -143,7 +143,7 @@ class Anderson(Solver):
         if memory.length is None:
             if not bool(restart.any()):
                 return gamma.to(g.dtype)
-            memory.length = torch.full_like(restart, filled, dtype=torch.int64)
+            memory.length = torch.full_like(restart, memory.dg.filled, dtype=torch.int64)
         memory.length = torch.where(restart, 0, memory.length)
         return torch.where(restart.unsqueeze(1), 0.0, gamma).to(g.dtype)
 

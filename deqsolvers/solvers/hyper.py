@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deqsolvers.buffers import Buffers
 from deqsolvers.hypersolver.initializers import (
     DeepImageInitializer,
     ImageInitializer,
@@ -65,6 +66,7 @@ class _HyperMemory(Memory):
     z: History
     g: History
     series: Tensor  # (B, k, features) pooled residuals, oldest first
+    buffers: Buffers
     mixed: Tensor | None = None  # sum_i alpha_i g_i of the last step, which the alpha loss needs
 
 
@@ -211,6 +213,7 @@ class HyperSolver(nn.Module, Solver):
             z=History(self.memory + 1, z),
             g=History(self.memory + 1, z),
             series=z.new_empty(z.shape[0], 0, 0),
+            buffers=Buffers(),
         )
 
     def step(self, memory: _HyperMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
@@ -225,8 +228,9 @@ class HyperSolver(nn.Module, Solver):
         alpha, beta = self.network(pooled)
         # From time order, oldest first, to the order of the ring's slots.
         alpha = alpha.flip(1)[:, memory.z.ages()].to(z.dtype)
-        memory.mixed = direction = memory.g.combine(alpha)
+        memory.mixed = direction = memory.g.combine(alpha, out=memory.buffers.like(g))
         if self.preconditioner is not None:
             layout = memory.layout
             direction = layout.flatten(self.preconditioner(layout.unflatten(direction)))
-        return memory.z.add_to(beta.to(z.dtype) * direction, alpha)
+        scaled = torch.mul(beta.to(z.dtype), direction, out=memory.buffers.like(z))
+        return memory.z.add_to(scaled, alpha, out=memory.buffers.like(z))

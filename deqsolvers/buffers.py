@@ -24,7 +24,7 @@ class Buffers:
     def like(self, x: Tensor) -> Tensor | None:
         """A tensor like ``x`` for ``out=``. None, which allocates as usual, where that is cheap
         or a graph is recorded."""
-        if x.is_cuda or x.numel() * x.element_size() < _LARGE or not may_overwrite():
+        if not x.is_cpu or x.numel() * x.element_size() < _LARGE or not may_overwrite():
             return None
         self._own = [entry for entry in self._own if entry[0].shape == x.shape]
         for tensor, unused in self._own:

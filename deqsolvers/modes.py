@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,19 +40,27 @@ def may_overwrite() -> bool:
     return not (torch.is_grad_enabled() or forward_mode() or transforming())
 
 
-@contextlib.contextmanager
-def undifferentiated() -> Iterator[None]:
-    """Neither gradients nor tangents are recorded in this block."""
-    with torch.no_grad():
-        if forward_mode():
-            with forward_ad._set_fwd_grad_enabled(False):
-                yield
-        else:
-            yield
+def undifferentiated() -> contextlib.AbstractContextManager[Any]:
+    """A context in which neither gradients nor tangents are recorded."""
+    if not forward_mode():  # which a compiler can trace, unlike a stack
+        return torch.no_grad()
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(forward_ad._set_fwd_grad_enabled(False))
+    return stack
+
+
+def values(tensor: Tensor) -> list[Any]:
+    """The entries of a (B,) tensor on the host, those of vmapped dimensions in one row."""
+    entries = physical(tensor.detach()).cpu().reshape(-1)
+    # Not tolist, which torch 2.6 does not know inside of a transform.
+    return [entry.item() for entry in entries.unbind()]
 
 
 def physical(tensor: Tensor) -> Any:
     """The tensor below the wrappers of torch.func, vmapped dimensions included."""
-    while transforming() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if torch.compiler.is_compiling():
+        return tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

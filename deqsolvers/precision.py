@@ -36,12 +36,17 @@ def warn_below_floor(
         )
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device; "meta" does not have it."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def widen(state: Any) -> Any:
     """``state`` with half-precision tensors made fp32 where autocast may have chosen that."""
 
     def one(leaf: Any) -> Any:
         half = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
-        return leaf.float() if half and torch.is_autocast_enabled(leaf.device.type) else leaf
+        return leaf.float() if half and autocast_enabled(leaf.device.type) else leaf
 
     return pytree.tree_map(one, state)
 
@@ -52,7 +57,7 @@ class Autocast:
     def __init__(self, example: Any):
         tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
         self.device_type = tensors[0].device.type if tensors else "cpu"
-        enabled = torch.is_autocast_enabled(self.device_type)
+        enabled = autocast_enabled(self.device_type)
         self.dtype = torch.get_autocast_dtype(self.device_type) if enabled else None
 
     def suspended(self) -> contextlib.AbstractContextManager[Any]:

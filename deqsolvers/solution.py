@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from deqsolvers.modes import physical
+from deqsolvers.modes import values
 
 
 class Status(IntEnum):
@@ -124,17 +124,17 @@ class Solution:
 
     def statuses(self) -> list[Status]:
         """The B statuses as enum members (synchronises with the device)."""
-        return [Status(code) for code in physical(self.status).flatten().tolist()]
+        return [Status(code) for code in values(self.status)]
 
     def describe(self) -> str:
         """How many samples ended how, each kind with cause and remedy (synchronises)."""
         statuses = self.statuses()
-        residual = physical(self.residual).detach().flatten().cpu()
+        residual = values(self.residual)
         lines = []
         for status, count in sorted(Counter(statuses).items(), key=lambda item: item[0]):
             rows = [row for row, other in enumerate(statuses) if other == status]
             shown = ", ".join(map(str, rows[:8])) + (", ..." if count > 8 else "")
-            worst = torch.max(residual[rows]).item()
+            worst = max((residual[row] for row in rows), key=lambda size: (math.isnan(size), size))
             lines.append(
                 f"{count} of {len(statuses)} {status.name} (samples {shown}; "
                 f"worst residual {worst:.2e}): {status.sentence}"

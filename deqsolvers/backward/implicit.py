@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -113,8 +114,10 @@ class Implicit(Backward):
         return found.z
 
 
-def _autocast_now(device_type: str) -> Callable[[], torch.autocast]:
+def _autocast_now(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """A context that restores the autocast setting in force here."""
+    if device_type == "meta":  # which does not have it
+        return contextlib.nullcontext
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)

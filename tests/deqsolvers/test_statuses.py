@@ -100,7 +100,7 @@ def test_diverged() -> None:
 def test_fast_growth_ends_long_before_a_stall_would_show_it() -> None:
     solution = fixed_point(lambda z: 10 * z + 1, torch.zeros(1, 1), solver=Picard())
     assert solution.statuses() == [Status.DIVERGED]
-    # The residual is 10^k, and more than 10^10 times the first from k = 11 on, give or take rounding.
+    # The residual is 10^k, and exceeds 10^10 times the first at k = 10 or 11, as rounding has it.
     assert 11 <= solution.calls <= 12
 
 

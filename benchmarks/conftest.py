@@ -39,7 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"batch and features of the overhead measurements. Default: {sizes}",
     )
     group.addoption(
-        "--benchmark-out", metavar="DIR", help="write results.json, a CSV a table and plots there"
+        "--benchmark-out",
+        metavar="DIR",
+        help="write results.json, tables.txt, a CSV a table and plots there",
     )
     group.addoption(
         "--benchmark-run",
@@ -124,21 +126,13 @@ def pytest_terminal_summary(
     results = config.stash.get(_RESULTS, None)
     if results is None or not (results.rows or results.goals):
         return
-    write = terminalreporter.write_line
-    terminalreporter.section("benchmarks")
-    for line in machine.lines(results.header):
-        write(line)
-    for title, lines in tables.render(results):
-        write("")
-        write(title)
+    for title, lines in tables.report(results):
+        terminalreporter.section(title)
         for line in lines:
-            write("  " + line)
-    if results.goals:
-        terminalreporter.section("goals")
-        for line in tables.render_goals(results.goals):
-            write(line)
+            terminalreporter.write_line(line)
     out = config.getoption("--benchmark-out")
     if out:
         results.write(Path(out))
+        (Path(out) / "tables.txt").write_text(tables.as_text(results), encoding="utf-8")
         plots.write(results, Path(out))
-        write(f"written to {out}")
+        terminalreporter.write_line(f"written to {out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from benchmarks import machine
 from benchmarks.results import Goal, Results, Row, Scalar, Value
 from benchmarks.timing import Quartiles
 
@@ -31,6 +32,23 @@ PIVOTS = {
     "work-precision": ("tolerance", "evaluations", "time [ms]"),
     "hypersolver": ("evaluations", "mean distance", "time [ms]"),
 }
+
+
+def report(results: Results) -> list[tuple[str, list[str]]]:
+    """(title, lines) of everything: the machine with all tables, then the goals."""
+    body = machine.lines(results.header)
+    for title, lines in render(results):
+        body += ["", title, *("  " + line for line in lines)]
+    sections = [("benchmarks", body)]
+    if results.goals:
+        sections.append(("goals", render_goals(results.goals)))
+    return sections
+
+
+def as_text(results: Results) -> str:
+    """The same as one text."""
+    lines = [line for title, body in report(results) for line in (f"== {title}", *body, "")]
+    return "\n".join(lines)
 
 
 def render(results: Results) -> list[tuple[str, list[str]]]:

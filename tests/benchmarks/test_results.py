@@ -15,7 +15,7 @@ from benchmarks.compare import compare, main
 from benchmarks.machine import header, lines
 from benchmarks.results import Goal, Results, Value
 from benchmarks.settings import parse_sizes
-from benchmarks.tables import align, number, render, render_goals
+from benchmarks.tables import align, as_text, number, render, render_goals
 from benchmarks.timing import Quartiles
 
 
@@ -148,6 +148,16 @@ def test_a_tolerance_that_was_missed_shows_as_a_dash() -> None:
     ((_, table),) = render(found)
     assert table[0].split()[-2:] == ["0.001", "1e-06"]
     assert table[1].split()[-4:] == ["12.0", "/", "4.00", "-"]
+
+
+def test_the_text_holds_machine_tables_and_goals() -> None:
+    found = results(4.0)
+    found.goal("speed", 3.0, ">=", 2)
+    text = as_text(found).splitlines()
+    assert text[0] == "== benchmarks"
+    assert text[1] == "pytest benchmarks"
+    assert any(line.startswith("  MLP") for line in text)
+    assert text[-2].split() == ["speed", ">=", "2", "3.00", "1.50", "met"]
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:

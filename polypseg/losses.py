@@ -12,9 +12,9 @@ EDGE_WEIGHT = 5.0
 def structure_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Weighted binary cross-entropy plus weighted IoU loss per image, averaged over the batch.
 
-    A pixel weighs w = 1 + 5 |avgpool31(mask) - mask|: most at the polyp's border (outside of the
-    picture counts as background). Cross-entropy is kept per pixel until it has been weighted: in
-    the widespread code that reduces it to a scalar first, w cancels.
+    A pixel weighs ``w = 1 + 5 |avgpool31(mask) - mask|``: most at the polyp's border (outside of
+    the picture counts as background). Cross-entropy is kept per pixel until it has been weighted:
+    in the widespread code that reduces it to a scalar first, w cancels.
 
     Args:
         logits: (B, 1, H, W), before the sigmoid; half precision is computed in float32.

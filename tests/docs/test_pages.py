@@ -1,0 +1,133 @@
+"""Every code block of every page runs or, where it is a command line, parses."""
+
+import argparse
+import doctest
+import re
+import shlex
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from polypseg.config import make_config
+from tests.docs.pages import PAGES, ROOT, blocks, name
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# What else a block may be: text that is only looked at, and directives of the pages themselves.
+OTHER = {"text", "{eval-rst}", "{toctree}", "{doctest}"}
+
+
+def with_blocks(*languages: str) -> list:
+    found = [page for page in PAGES if blocks(page, *languages)]
+    return [pytest.param(page, id=name(page)) for page in found]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_run: Path, synthetic_data: Path, monkeypatch) -> Path:
+    """A folder with what the pages assume: a trained run, photographs and a data folder."""
+    shutil.copytree(tiny_run, tmp_path / "runs" / "mine")
+    shutil.copytree(synthetic_data / "TestDataset" / "Synthetic" / "images", tmp_path / "photos")
+    shutil.copytree(synthetic_data, tmp_path / "DATA")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("error::deqsolvers.ConvergenceWarning")
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_python_blocks_run_one_after_the_other(page: Path, workplace: Path) -> None:
+    torch.manual_seed(0)
+    names: dict = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        # The empty lines make line numbers in a traceback those of the page.
+        source = "\n" * (block.line - 1) + block.text
+        exec(compile(source, str(page), "exec"), names)
+    if page.name == "README.md":
+        assert names["solution"].converged.all()
+        assert names["cell"].weight.grad.abs().sum() > 0
+        assert names["fast"](names["x"])[1].calls == 3
+
+
+@pytest.mark.parametrize("page", with_blocks("{doctest}"))
+def test_doctests(page: Path) -> None:
+    torch.manual_seed(0)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    names: dict = {}
+    for block in blocks(page, "{doctest}"):
+        example = doctest.DocTestParser().get_doctest(
+            block.text, names, str(block), str(page), block.line
+        )
+        runner.run(example, clear_globs=False)
+        names = example.globs
+    assert runner.summarize().failed == 0
+
+
+@pytest.mark.parametrize("page", with_blocks("sh"))
+def test_command_lines_are_right(page: Path) -> None:
+    for block in blocks(page, "sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # DATA=DIR make demo
+                words.pop(0)
+            if words:
+                check_command(words, f"{block}: {line}")
+
+
+def check_command(words: list[str], where: str) -> None:
+    program, *arguments = words
+    if program in PROJECT["scripts"]:
+        module = import_module("polypseg." + program.removeprefix("polypseg-").replace("-", "_"))
+        parse(module._parser(), arguments, where)
+    elif program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in arguments if "=" not in word} <= set(targets), where
+    elif program == "pip":
+        for extras in re.findall(r"\[([a-z,]+)\]", " ".join(arguments)):
+            assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), where
+    elif program in ("python", "pytest"):
+        if arguments[0] != "-m":
+            assert (ROOT / arguments[0]).exists(), where
+    else:
+        assert program in ("git", "cd"), where
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str], where: str) -> None:
+    try:
+        options = parser.parse_intermixed_args(arguments)
+    except SystemExit:
+        pytest.fail(f"{where}: the command line is not accepted")
+    if getattr(options, "set", None):
+        make_config({}, options.set)
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"))
+def test_settings_are_accepted(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        make_config(yaml.safe_load(block.text))
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name(page)) for page in PAGES])
+def test_no_block_escapes_the_tests(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in {"python", "sh", "yaml"} | OTHER, f"{block}: {block.language!r}"
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name(page)) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_parser_fault_is_seen() -> None:
+    with pytest.raises(pytest.fail.Exception):
+        check_command(["polypseg-predict", "--no-such-option"], "here")
+    with pytest.raises(AssertionError):
+        check_command(["make", "nothing"], "here")

@@ -29,7 +29,8 @@ class Implicit(Backward):
     (Bai, Kolter & Koltun 2019, theorem 1). Memory does not depend on the number of forward steps.
     The pass may be repeated (``retain_graph``), interleaved with other solves, and differentiated
     again, to any order. With ``create_graph`` gradients reach the inputs and the leaf tensors
-    (parameters) that f depends on; a computed tensor in f's closure must then be passed as input.
+    (parameters) that f depends on; a computed tensor in f's closure must then be passed as input,
+    if its own gradient is wanted; where torch can tell, its absence is an error.
 
     Under torch.func (grad, vjp, jvp, jacrev, jacfwd, vmap of these) and forward-mode
     differentiation it gives first derivatives; a second one is an error that names the way out.
@@ -161,6 +162,7 @@ class _ImplicitGradient(torch.autograd.Function):
             u = ctx.method.adjoint(lambda u: _vjp(recorded, leaf, u), v, ctx.solution)
             return (*nothing, u, *(None for _ in sources))
 
+        _refuse_computed_targets(recorded)
         gate = _Gate()
         z = gate(out)
         variables = tuple(gate(source) for source in sources[: ctx.count])
@@ -217,6 +219,34 @@ def _closure_leaves(root: Tensor, known: tuple[Tensor, ...]) -> list[Tensor]:
             found.append(variable)
         waiting.extend(parent for parent, _ in node.next_functions)
     return found
+
+
+def _refuse_computed_targets(root: Tensor) -> None:
+    """RuntimeError if this pass asks for the gradient of a computed tensor in f's closure.
+
+    It is where the pass ends without having come to a leaf. Its gradient would be too small, for
+    what f depends on through it is returned to the leaves. Next to a leaf torch cannot tell.
+    """
+    seen: set[Any] = set()
+    waiting = [root.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or not torch._C._will_engine_execute_node(node):
+            continue
+        seen.add(node)
+        known = [parent for parent, _ in node.next_functions if parent is not None]
+        parents = [parent for parent in known if not hasattr(parent, "variable")]
+        beside_leaf = len(parents) < len(known)
+        if (
+            parents
+            and not beside_leaf
+            and not any(map(torch._C._will_engine_execute_node, parents))
+        ):
+            raise RuntimeError(
+                "with create_graph=True the gradient of a computed tensor that f closes over is "
+                "not known; pass that tensor to the DEQ as an input of f"
+            )
+        waiting.extend(parents)
 
 
 def _vjp(fz: Tensor, z: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:

@@ -116,14 +116,16 @@ def test_gradient_of_a_computed_tensor_in_the_closure(create_graph: bool) -> Non
     """Features from an encoder that f closes over are no leaves, and still have a gradient."""
     weight = small_variables()[1].detach()
     source = normal(2, 3).requires_grad_()
-    features = source.sin()
+    features = (2 * source).sin()
 
     def f(z: Tensor) -> Tensor:
         return torch.tanh(z @ weight.T + features)
 
     z, _ = exact(f, z0=lambda: torch.zeros_like(source), drop_converged=False)()
     reference = unrolled(f, torch.zeros_like(source))
-    # With create_graph the features would have to be an input (see Implicit).
+    if create_graph:
+        with pytest.raises(RuntimeError, match="pass that tensor to the DEQ as an input"):
+            torch.autograd.grad(z.sum() + features.sum(), features, create_graph=True)
     for target in (source,) if create_graph else (features, source):
         (found,) = torch.autograd.grad(
             z.sum(), target, create_graph=create_graph, retain_graph=True

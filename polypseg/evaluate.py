@@ -15,9 +15,10 @@ from polypseg.config import load_config
 from polypseg.data import Pair, read_image, read_pair
 from polypseg.data.classes import CLASS_NAMES
 from polypseg.evaluation import PROGRAM, Evaluation, earlier_files, write_evaluation
+from polypseg.examples import PICTURES, residual_traces, worst_examples
 from polypseg.predictor import Predictor, available_solvers
 from polypseg.protocols import POLYP, PROTOCOLS, check_protocols, score_result
-from polypseg.report import EVALUATION, PICTURES, residual_traces, worst_examples, write_report
+from polypseg.report import EVALUATION, write_report
 from polypseg.scores import (
     ImageRow,
     by_kind,
@@ -189,21 +190,16 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def report_evaluation(run: Path, evaluation: Evaluation) -> Path:
-    """Write the run's report, with pictures of the worst images under the last solver."""
-    name, predictor = [*evaluation.predictors.items()][-1]
-    scored = [
-        (row.dice, pair)
-        for folder, pairs in evaluation.sets.items()
-        for row, pair in zip(
-            by_kind(evaluation.rows[folder][name])[evaluation.protocols[0], POLYP],
-            pairs,
-            strict=True,
-        )
-    ]
-    worst = [pair for _, pair in sorted(scored, key=lambda item: item[0])[:PICTURES]]
-    examples = {name: worst_examples(predictor, worst, run_classes(run))}
-    traces = residual_traces(evaluation.predictors, worst)
-    return write_report(run, examples, traces)
+    """Write the run's report, with pictures of each folder's worst images under the last solver."""
+    solver, predictor = [*evaluation.predictors.items()][-1]
+    examples, traced = {}, []
+    for folder, pairs in evaluation.sets.items():
+        rows = by_kind(evaluation.rows[folder][solver])[evaluation.protocols[0], POLYP]
+        order = sorted(range(len(pairs)), key=lambda index: rows[index].dice)
+        worst = [pairs[index] for index in order[:PICTURES]]
+        examples[f"{folder}, {solver}"] = worst_examples(predictor, worst, run_classes(run))
+        traced += worst[: max(1, PICTURES // len(evaluation.sets))]
+    return write_report(run, examples, residual_traces(evaluation.predictors, traced))
 
 
 def _parser() -> argparse.ArgumentParser:

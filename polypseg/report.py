@@ -4,69 +4,24 @@ from __future__ import annotations
 
 import base64
 import csv
-import heapq
 import html
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
 
 from polypseg.checkpoint import write_atomic
-from polypseg.data import Pair, read_image, read_pair
-from polypseg.drawing import PREDICTION, TRUTH, draw_contour, encode, fit, overlay
-from polypseg.metrics import score_masks
-from polypseg.predictor import Predictor
-from polypseg.scores import TABLE_HEADER, SummaryRow, read_rows, table_cells
+from polypseg.drawing import PREDICTION, TRUTH, draw_contour, encode, fit
+from polypseg.examples import Example
+from polypseg.paper import CAVEAT, beside_the_paper
+from polypseg.plots import accuracy_against_time, residual_plot
+from polypseg.protocols import POLYP
+from polypseg.scores import TABLE_HEADER, ImageRow, SummaryRow, by_kind, read_rows, table_cells
 
 EVALUATION = "evaluation"
-PICTURES = 12
 PICTURE_SIDE = 420
-TRACED_EVALUATIONS = 20
 DISCLAIMER = "Research use only, not a medical device."
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image (H, W, 3) uint8 with its true and its predicted mask (H, W) bool."""
-
-    name: str
-    image: np.ndarray
-    truth: np.ndarray
-    prediction: np.ndarray
-    dice: float
-
-
-def worst_examples(predictor: Predictor, pairs: Iterable[Pair], classes: int = 1) -> list[Example]:
-    """Predict the pairs and return up to 12 with the lowest Dice, worst first."""
-    # A generator, so that no more than these are in memory.
-    return heapq.nsmallest(
-        PICTURES, _examples(predictor, pairs, classes), key=lambda example: example.dice
-    )
-
-
-def _examples(predictor: Predictor, pairs: Iterable[Pair], classes: int) -> Iterator[Example]:
-    for pair in pairs:
-        image, mask = read_pair(pair, classes)
-        truth, prediction = mask > 0, predictor.predict(image).mask
-        yield Example(pair.stem, image, truth, prediction, score_masks(prediction, truth).dice)
-
-
-def residual_traces(
-    predictors: Mapping[str, Predictor], pairs: Sequence[Pair]
-) -> dict[str, list[np.ndarray]]:
-    """For each iterative solver and each pair, the residual at every evaluation of f."""
-    images = [read_image(pair.image) for pair in pairs]
-    return {
-        name: [predictor.residuals(image, TRACED_EVALUATIONS) for image in images]
-        for name, predictor in predictors.items()
-        if predictor.deq is not None
-    }
 
 
 def write_report(
@@ -81,7 +36,7 @@ def write_report(
 
     Args:
         run: directory that `polypseg-train` wrote.
-        examples: pictures to show by solver, as `worst_examples`.
+        examples: pictures to show by the title above them, as `worst_examples`.
         traces: residuals after each evaluation of f, by solver, as `residual_traces`.
 
     Returns:
@@ -93,8 +48,8 @@ def write_report(
     """
     run = Path(run)
     sections = [
-        ("Evaluation", _evaluation(run / EVALUATION)),
-        ("Images", _pictures(examples) if examples else ""),
+        *_evaluation(run / EVALUATION).items(),
+        ("Worst images", _pictures(examples) if examples else ""),
         ("Residual against evaluations of f", _traces(traces) if traces else ""),
         ("Training", _training(run)),
         ("Configuration", _preformatted(run / "config.yaml")),
@@ -131,20 +86,23 @@ h2 { border-bottom: 1px solid #ccc; margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
          white-space: nowrap; }
-th:first-child, td:first-child, .names td:nth-child(2), .names th:nth-child(2)
+th:first-child, td:first-child, .names td:nth-child(-n+4), .names th:nth-child(-n+4)
   { text-align: left; }
 img { max-width: 100%; height: auto; }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 14px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 figure { margin: 0; }
 figcaption { font-size: 14px; overflow-wrap: anywhere; }
+summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
 .key { display: inline-block; width: 1.4em; height: .35em; margin: 0 .3em .2em .8em; }
 """
 
 
-def _evaluation(folder: Path) -> str:
+def _evaluation(folder: Path) -> dict[str, str]:
+    """The sections on an evaluation, by title."""
     if not (folder / "summary.csv").is_file():
-        return "<p>Not evaluated yet: run <code>polypseg-evaluate</code>.</p>"
+        text = "<p>Not evaluated yet: run <code>polypseg-evaluate</code>.</p>"
+        return {"Evaluation": text}
     rows = read_rows(folder / "summary.csv", SummaryRow)
     record = json.loads((folder / "summary.json").read_bytes())
     remarks = [
@@ -153,9 +111,50 @@ def _evaluation(folder: Path) -> str:
         *record["notes"],
         f"Command: {record['command']}",
     ]
-    return _table(TABLE_HEADER, map(table_cells, rows), "names") + "".join(
-        f"<p>{html.escape(remark)}</p>" for remark in remarks
-    )
+    sections = {
+        "Evaluation": _table(TABLE_HEADER, map(table_cells, rows), "names") + _paragraphs(remarks)
+    }
+    beside = beside_the_paper(rows)
+    if beside is not None:
+        sections["Beside the paper (mDice / mIoU, %)"] = _table(*beside) + _paragraphs([CAVEAT])
+    shown = [row for row in rows if (row.protocol, row.target) == (rows[0].protocol, POLYP)]
+    sections["Accuracy against time"] = _plot(accuracy_against_time(shown), "accuracy against time")
+    sections["Every image, worst first"] = _images(folder, list(record["data"]), rows)
+    return sections
+
+
+def _images(folder: Path, names: Sequence[str], rows: Sequence[SummaryRow]) -> str:
+    """A folded table for each test set under the last solver."""
+    solver, protocol = rows[-1].solver, rows[0].protocol
+    parts = []
+    for name in names:
+        found = by_kind(read_rows(folder / f"{name}-{solver}.csv", ImageRow))[protocol, POLYP]
+        cells = [
+            (
+                row.stem,
+                f"{100 * row.dice:.1f}",
+                f"{100 * row.iou:.1f}",
+                f"{row.hd95:.1f}",
+                str(row.evaluations),
+                f"{row.residual:.1e}" if row.residual == row.residual else "–",
+                row.status,
+            )
+            for row in sorted(found, key=lambda row: row.dice)
+        ]
+        table = _table(
+            ("image", "Dice %", "IoU %", "HD95 px", "evaluations", "residual", "status"), cells
+        )
+        title = html.escape(f"{name}, {solver}: {len(cells)} images")
+        parts.append(f"<details><summary>{title}</summary>{table}</details>")
+    return "\n".join(parts)
+
+
+def _paragraphs(texts: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
+
+
+def _plot(png: bytes, description: str) -> str:
+    return f'<p><img src="{_data_uri(png, "image/png")}" alt="{description}"></p>'
 
 
 def _pictures(examples: Mapping[str, Sequence[Example]]) -> str:
@@ -164,9 +163,9 @@ def _pictures(examples: Mapping[str, Sequence[Example]]) -> str:
         for label, colour in (("truth", TRUTH), ("prediction", PREDICTION))
     )
     parts = [f"<p>Those with the lowest Dice, worst first. Contours:{keys}</p>"]
-    for solver, shown in examples.items():
+    for title, shown in examples.items():
         figures = "".join(map(_figure, shown))
-        parts.append(f'<h3>{html.escape(solver)}</h3>\n<div class="grid">{figures}</div>')
+        parts.append(f'<h3>{html.escape(title)}</h3>\n<div class="grid">{figures}</div>')
     return "\n".join(parts)
 
 
@@ -180,21 +179,10 @@ def _figure(example: Example) -> str:
 
 
 def _traces(traces: Mapping[str, Sequence[np.ndarray]]) -> str:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for index, (solver, curves) in enumerate(traces.items()):
-        for residuals in curves:
-            evaluations = np.arange(1, len(residuals) + 1)
-            axis.plot(evaluations, residuals, color=f"C{index}", alpha=0.4, linewidth=1)
-        axis.plot([], [], color=f"C{index}", label=solver)
-    axis.set(xlabel="evaluations of f", ylabel="relative residual", yscale="log")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    source = _data_uri(picture.getvalue(), "image/png")
-    return f'<p>One line per image.</p><img src="{source}" alt="residual curves">'
+    return (
+        "<p>A thin line for each of some of the images above, a thick one for their median.</p>"
+        f"{_plot(residual_plot(traces), 'residual curves')}"
+    )
 
 
 def _training(run: Path) -> str:
@@ -207,8 +195,7 @@ def _training(run: Path) -> str:
             parts.append("<p>The last epoch of each phase:</p>")
             parts.append(_table(rows[0], (map(_short, row.values()) for row in last.values())))
     if (run / "curves.png").is_file():
-        source = _data_uri((run / "curves.png").read_bytes(), "image/png")
-        parts.append(f'<p><img src="{source}" alt="training curves"></p>')
+        parts.append(_plot((run / "curves.png").read_bytes(), "training curves"))
     return "".join(parts) or "<p>No epoch has been finished yet.</p>"
 
 
@@ -235,41 +222,3 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "")
 
 def _data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def contact_sheet(examples: Sequence[Example], side: int = 256) -> bytes:
-    """Lay out a row per example: image, true mask (green) and predicted mask (yellow).
-
-    Args:
-        examples: at least one.
-        side: of the square box, in pixels, that each picture is fitted into.
-
-    Returns:
-        The bytes of a PNG file.
-    """
-    if not examples:
-        raise ValueError("examples is empty; a contact sheet needs at least one")
-    gap, text = 6, 20
-    font = ImageFont.load_default(13)
-    columns = ("image", "truth", "prediction")
-    images = [fit(example.image, side, side) for example in examples]
-    width = gap + len(columns) * (side + gap)
-    height = text + sum(len(image) + text + gap for image in images)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(columns):
-        draw.text((gap + column * (side + gap), 3), label, "black", font)
-    top = text
-    for image, example in zip(images, examples, strict=True):
-        panels = (
-            image,
-            overlay(image, fit(example.truth, side, side), TRUTH),
-            overlay(image, fit(example.prediction, side, side), PREDICTION),
-        )
-        for column, panel in enumerate(panels):
-            left = gap + column * (side + gap) + (side - image.shape[1]) // 2
-            sheet.paste(Image.fromarray(panel), (left, top))
-        caption = f"{example.name}   Dice {100 * example.dice:.1f} %"
-        draw.text((gap, top + len(image) + 2), caption, "black", font)
-        top += len(image) + text + gap
-    return encode(np.array(sheet), "PNG")

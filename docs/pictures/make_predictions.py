@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from polypseg.data import find_pairs, read_pair
+from polypseg.examples import Example, contact_sheet
 from polypseg.metrics import score_masks
 from polypseg.predictor import Predictor
-from polypseg.report import Example, contact_sheet
 
 
 def main(run: Path, data: Path) -> None:

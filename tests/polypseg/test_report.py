@@ -11,14 +11,9 @@ from PIL import Image
 from polypseg.data import find_pairs, read_image, read_mask
 from polypseg.drawing import PREDICTION, TRUTH
 from polypseg.evaluate import evaluate_run
+from polypseg.examples import Example, contact_sheet, residual_traces, worst_examples
 from polypseg.predictor import Predictor
-from polypseg.report import (
-    Example,
-    contact_sheet,
-    residual_traces,
-    worst_examples,
-    write_report,
-)
+from polypseg.report import write_report
 from polypseg.scores import SummaryRow, read_rows, table_cells
 from polypseg.testsets import find_test_sets
 
@@ -97,7 +92,7 @@ def test_the_page_shows_what_the_run_holds_and_needs_nothing_else(copy_run, synt
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)
     sizes = [picture.size for picture in pictures(page)]
-    assert len(sizes) == 4  # two examples, residuals, curves
+    assert len(sizes) == 5  # accuracy against time, two examples, residuals, curves
     assert sizes[-1] == (33, 22)
 
 

@@ -61,9 +61,10 @@ def write_atomic(path: Path, data: bytes, *, keep_as: Path | None = None) -> Non
             temporary.unlink()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
+            missing = f", {len(data) - free:,} are missing" if len(data) > free else ""
             raise OutOfSpaceError(
                 error.errno,
-                f"no room to write {len(data):,} bytes ({free:,} are free on the disk); "
+                f"no room to write {len(data):,} bytes ({free:,} are free on the disk{missing}); "
                 "what was there before is untouched",
                 str(path),
             ) from error
@@ -141,9 +142,9 @@ def load_into(module: nn.Module, path: Path, *, what: str) -> dict[str, str]:
     }
     lines = [f"  {len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys]
     if lines:
-        raise CheckpointError(
-            "\n".join([f"{path}: these weights do not fit the {what}; nothing was loaded", *lines])
-        )
+        made_for = f" (they are of {metadata['model']})" if "model" in metadata else ""
+        head = f"{path}: these weights do not fit the {what}{made_for}; nothing was loaded"
+        raise CheckpointError("\n".join([head, *lines]))
     module.load_state_dict(tensors)
     return metadata
 

@@ -72,7 +72,7 @@ def _call(name: str, argv: Sequence[str] | None) -> int:
     except OSError as error:
         message = error.strerror or str(error)
         _tell(f"polypseg-{name}: error: {f'{error.filename}: ' if error.filename else ''}{message}")
-    except (CheckpointError, ValueError, FloatingPointError) as error:
+    except (CheckpointError, ValueError, FloatingPointError, MemoryError) as error:
         _tell(f"polypseg-{name}: error: {error}")
     return 1
 

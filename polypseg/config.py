@@ -47,6 +47,7 @@ class PhaseConfig:
 
     epochs: int
     batch: int
+    accumulate: int
     lr: float
     final_lr: float
     warmup: float
@@ -59,6 +60,7 @@ class PhaseConfig:
 @dataclass(frozen=True)
 class ImplicitConfig(PhaseConfig):
     warm_epochs: int
+    warm_lr: float
     solver: str
     memory: int
     tol: float
@@ -160,6 +162,54 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: {error}") from None
 
 
+# What may change when a run is resumed: how its work is done, not what is computed.
+_FREE = ("data.workers", "explicit.accumulate", "implicit.accumulate")
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """The settings that keep ``after`` from resuming a run of ``before``, one text each."""
+    old, new = _flat(_plain(before)), _flat(_plain(after))
+    return [
+        f"{key} was {old[key]}, now {new[key]}"
+        for key in old
+        if old[key] != new[key] and key not in _FREE
+    ]
+
+
+def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{where}{key}."))
+        else:
+            flat[where + key] = value
+    return flat
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that come with the package: what each is for, by name."""
+    folder = resources.files("polypseg") / "recipes"
+    texts = {
+        file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8")
+        for file in folder.iterdir()
+        if file.name.endswith(".yaml")
+    }
+    return {name: texts[name].partition("\n")[0].lstrip("# ") for name in sorted(texts)}
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a recipe of the package, with overrides on top.
+
+    Raises:
+        ConfigError: there is no such recipe, or an override is faulty.
+    """
+    known = recipes()
+    if name not in known:
+        raise ConfigError(f"there is no recipe {name!r}; known: {', '.join(known)}")
+    with resources.as_file(resources.files("polypseg") / "recipes" / f"{name}.yaml") as path:
+        return load_config(path, overrides)
+
+
 def _value(text: str) -> Any:
     value = yaml.safe_load(text)
     if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
@@ -246,7 +296,9 @@ def _out_of_range(config: Config) -> list[str]:
         ("model", config.model),
     ):
         for key, value in vars(phase).items():
-            if key in ("warm_epochs", "workers", "rank", "alternate"):
+            if key == "workers":
+                check(value >= -1, f"{name}.{key}", value, "at least -1")
+            elif key in ("warm_epochs", "rank", "alternate"):
                 check(value >= 0, f"{name}.{key}", value, "at least 0")
             elif isinstance(value, int):
                 check(value >= 1, f"{name}.{key}", value, "at least 1")
@@ -254,6 +306,10 @@ def _out_of_range(config: Config) -> list[str]:
                 check(0 <= value <= 1, f"{name}.{key}", value, "between 0 and 1")
             elif isinstance(value, float):
                 check(value >= 0, f"{name}.{key}", value, "at least 0")
+    for name, network in (("explicit", config.explicit), ("implicit", config.implicit)):
+        parts, batch = network.accumulate, network.batch
+        whole = f"a divisor of {name}.batch, {batch}"
+        check(parts < 1 or batch % parts == 0, f"{name}.accumulate", parts, whole)
     check(config.seed >= 0, "seed", config.seed, "at least 0")
     return faults
 

@@ -61,9 +61,11 @@ def fit_hyper(run: Run) -> None:
                 "seconds": seconds,
                 "loss": fitted.loss,
                 "skipped": fitted.skipped,
-                "val_dice": scores["dice"],
-                "val_iou": scores["iou"],
-                "val_evaluations": scores["evaluations"],
+                **{
+                    f"val_{key}": value
+                    for key, value in scores.items()
+                    if key.startswith(("dice", "iou", "evaluations"))
+                },
                 "distance_start": fitted.distances[0],
                 "distance_end": fitted.distances[-1],
             }
@@ -115,7 +117,7 @@ class TrainingFeatures:
     def __init__(self, run: Run, model: ImplicitModel, limit: int | None = None):
         config = run.config
         self.model, self.device, self.seed = model, run.device, config.seed
-        self.dataset = PolypDataset(run.split.train, config.data.size, train=True, seed=config.seed)
+        self.dataset = run.training_data()
         self.batch = min(config.hyper.batch, len(self.dataset))
         self.length = min(len(self.dataset) // self.batch, limit or len(self.dataset))
 
@@ -145,7 +147,9 @@ class _Epoch:
 def validation_features(run: Run, model: ImplicitModel) -> list[Tensor]:
     """What f takes beside z, for some validation images from all over the list."""
     pairs = run.split.val[:: max(1, len(run.split.val) // VALIDATION_IMAGES)]
-    dataset = PolypDataset(pairs, run.config.data.size, train=False, seed=0)
+    dataset = PolypDataset(
+        pairs, run.config.data.size, train=False, seed=0, classes=run.config.model.classes
+    )
     with torch.no_grad():
         return [
             model.features(batch["image"].to(run.device))

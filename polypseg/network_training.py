@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from deqsolvers import Backward, Phantom, jacobian_regularizer
-from deqsolvers.backward import get_backward
 from polypseg.alternating import alternating_solver
-from polypseg.checkpoint import LAST, load_into, load_latest, save_state
-from polypseg.config import ImplicitConfig, PhaseConfig
-from polypseg.data import PolypDataset, batches
-from polypseg.losses import segmentation_loss
+from polypseg.checkpoint import LAST, CheckpointError, load_into, load_latest, save_state
+from polypseg.config import ConfigError, ImplicitConfig, PhaseConfig
+from polypseg.data import batches
+from polypseg.distributed import share_batch_statistics
+from polypseg.memory import explain_lack_of_memory
 from polypseg.models import (
     ImplicitModel,
     SegmentationModel,
@@ -27,6 +28,7 @@ from polypseg.models import (
     build_solver,
     load_pretrained,
 )
+from polypseg.objective import Objective, Outcome
 from polypseg.schedule import autocast, learning_rate, parameter_groups, rescale
 from polypseg.training_run import PHASES, Run
 
@@ -42,7 +44,7 @@ def train_explicit(run: Run, encoder_weights: Path | None) -> None:
         load_pretrained(model, encoder_weights)
         run.log.info("encoder weights from %s", encoder_weights)
     else:
-        run.log.info("the encoder starts from random weights (no --encoder-weights)")
+        run.log.info("the network starts from random weights (no --encoder-weights)")
     train_network(run, "explicit", model, run.config.explicit)
 
 
@@ -55,89 +57,103 @@ def train_implicit(run: Run) -> None:
 
 def train_network(run: Run, phase: str, model: SegmentationModel, settings: PhaseConfig) -> None:
     """Train all weights; an unfinished phase goes on after its last complete epoch."""
+    with explain_lack_of_memory(run, phase):
+        _train_network(run, phase, model, settings)
+
+
+def _train_network(run: Run, phase: str, model: SegmentationModel, settings: PhaseConfig) -> None:
+    config, processes = run.config, run.processes
     implicit = settings if isinstance(settings, ImplicitConfig) else None
-    if implicit is not None:
-        assert isinstance(model, ImplicitModel)
-        solving = {"tol": implicit.tol, "max_steps": implicit.max_steps}
-        solver = build_solver(implicit.solver, implicit.memory)
-        model.deq = model.deq.with_solver(solver, backward=_backward(implicit), **solving)
+    objective: nn.Module = Objective(model, settings)
+    if processes.world > 1:
+        share_batch_statistics(model)
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)
     # Gradients of fp16 underflow unless they are scaled; the others need no scale.
     scaler = torch.amp.GradScaler(run.device.type, enabled=settings.precision == "fp16")
     average = AveragedModel(
         model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
     )
+    averaged = cast(SegmentationModel, average.module)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr)
-    dataset = PolypDataset(run.split.train, run.config.data.size, train=True, seed=run.config.seed)
-    drop_last = len(dataset) > settings.batch
-    per_epoch = len(dataset) // settings.batch if drop_last else 1
+    dataset = run.training_data()
+    parts = settings.accumulate
+    batch_size = _batch_size(run, phase, settings, len(dataset))
+    per_epoch = len(dataset) // batch_size
     total = settings.epochs * per_epoch
 
-    first = 0
-    state = _saved_state(run, phase)
-    if state is not None:
-        first = state["epoch"]
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        run.log.info("%s: resuming after epoch %d of %d", phase, first, settings.epochs)
-    run.results.truncate_from(phase, first + 1)
+    parties: dict[str, Any] = {
+        "model": model,
+        "average": average,
+        "optimizer": optimizer,
+        "scaler": scaler,
+    }
+    first = _resume(run, phase, parties)
+    if processes.first:
+        run.results.truncate_from(phase, first + 1)
 
     in_a_row = 0
     for epoch in range(first, settings.epochs):
-        # Everything random in an epoch follows from these numbers, so a resumed run repeats it
-        # exactly.
-        if implicit is not None and epoch >= implicit.warm_epochs:
-            assert isinstance(model, ImplicitModel)
-            learned = alternating_solver(run, model, epoch)
-            if learned is not None:
-                model.deq = model.deq.with_solver(learned)
-        torch.manual_seed(hash((run.config.seed, PHASES.index(phase), epoch)) % 2**63)
         solves = implicit is not None and epoch >= implicit.warm_epochs
-        model.train()
+        if solves:
+            learned = alternating_solver(run, cast(ImplicitModel, model), epoch)
+            if learned is not None:
+                implicit_model = cast(ImplicitModel, model)
+                implicit_model.deq = implicit_model.deq.with_solver(learned)
+        # Everything random in an epoch follows from these numbers, so that a resumed run repeats
+        # it exactly. What is drawn from `common` is the same in all processes.
+        seeds = (config.seed, PHASES.index(phase), epoch)
+        torch.manual_seed(_seed(*seeds, 1 + processes.rank))
+        common = torch.Generator().manual_seed(_seed(*seeds, 0))
+        objective.train()
         started, losses, jacobians, skipped = time.perf_counter(), [], [], 0
-        workers = run.config.data.workers
-        loader = batches(
-            dataset,
-            settings.batch,
-            True,
-            run.config.seed,
-            epoch,
-            workers=workers,
-            drop_last=drop_last,
+        loader = iter(
+            batches(
+                dataset,
+                batch_size,
+                True,
+                config.seed,
+                epoch,
+                workers=run.workers,
+                drop_last=True,
+                parts=parts,
+                rank=processes.rank,
+                world=processes.world,
+            )
         )
-        bar = tqdm(loader, desc=f"{phase} {epoch + 1}/{settings.epochs}", dynamic_ncols=True)
-        for index, batch in enumerate(bar):
+        bar = tqdm(
+            range(per_epoch),
+            desc=f"{phase} {epoch + 1}/{settings.epochs}",
+            dynamic_ncols=True,
+            disable=not processes.first,
+        )
+        for index in bar:
             lr = learning_rate(settings, (epoch * per_epoch + index) / total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            images, masks = rescale(batch, run.config.data.scales, run.device)
-            shown: dict[str, Any] = {}
+            scales = config.data.scales
+            scale = scales[int(torch.randint(len(scales), (), generator=common))]
+            chance = torch.rand((), generator=common).item()
+            regularized = implicit is not None and solves and chance < implicit.jacobian_share
+            # A batch that ends in NaN must not leave it in the batch statistics.
+            buffers = [buffer.clone() for buffer in model.buffers()]
 
             optimizer.zero_grad(set_to_none=True)
-            with autocast(settings.precision, run.device):
-                if not solves:
-                    loss = objective = segmentation_loss(model.explicit(images).logits, masks)
-                else:
-                    assert implicit is not None
-                    assert isinstance(model, ImplicitModel)
-                    e = model.features(images)
-                    z, solution = model.deq(e)
-                    loss = objective = segmentation_loss(model.read_out(z), masks)
-                    if torch.rand(()).item() < implicit.jacobian_share:
-                        # Fused attention has no second derivative on the CPU.
-                        with sdpa_kernel(SDPBackend.MATH):
-                            jacobian = jacobian_regularizer(model.deq.f, solution.z, (e,))
-                        objective = loss + implicit.jacobian * jacobian
-                        jacobians.append(jacobian.item())
-                    shown = {"calls": solution.calls, "residual": f"{solution.residual.max():.1e}"}
-            scaler.scale(objective).backward()
+            outcomes: list[Outcome] = []
+            for part in range(parts):
+                images, masks = rescale(next(loader), scale, run.device)
+                with _synchronised(objective, last=part == parts - 1):
+                    with autocast(settings.precision, run.device):
+                        outcome = objective(images, masks, solves, regularized)
+                    scaler.scale(outcome.objective / parts).backward()
+                outcomes.append(outcome)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             if not torch.isfinite(norm):
                 skipped += 1
                 in_a_row += 1
                 scaler.update()
+                for buffer, before in zip(model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
                 if in_a_row >= MAX_SKIPPED:
                     raise FloatingPointError(
                         f"{in_a_row} updates in a row had no finite gradient (phase {phase}, epoch "
@@ -148,68 +164,101 @@ def train_network(run: Run, phase: str, model: SegmentationModel, settings: Phas
             scaler.step(optimizer)
             scaler.update()
             average.update_parameters(model)
-            losses.append(loss.item())
+            losses.append(sum(outcome.loss.item() for outcome in outcomes) / parts)
+            jacobians += [o.jacobian.item() for o in outcomes if o.jacobian is not None]
+            shown: dict[str, Any] = {}
+            if outcome.solution is not None:
+                residual = outcome.solution.residual.max()
+                shown = {"calls": outcome.solution.calls, "residual": f"{residual:.1e}"}
             bar.set_postfix(loss=f"{losses[-1]:.3f}", **shown, refresh=False)
 
-        averaged = cast(SegmentationModel, average.module)
-        row: dict[str, Any] = {
-            "phase": phase,
-            "epoch": epoch + 1,
-            "lr": lr,
-            "loss": sum(losses) / max(1, len(losses)),
-            "skipped": skipped,
-        }
-        if jacobians:
-            row["jacobian"] = sum(jacobians) / len(jacobians)
-        row.update(_validate(run, averaged, solves))
-        row["seconds"] = time.perf_counter() - started
-        # Before the checkpoint: a row without one is dropped on resuming, a lost row stays lost.
-        run.report(row)
-        save_state(
-            run.folder / LAST,
-            {
+        if skipped:
+            run.log.warning(
+                "%s epoch %d: %d of %d updates skipped, because their gradient was not finite",
+                *(phase, epoch + 1, skipped, per_epoch),
+            )
+        if processes.first:
+            row: dict[str, Any] = {
                 "phase": phase,
                 "epoch": epoch + 1,
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            },
-            keep_previous=True,
+                "lr": lr,
+                "loss": sum(losses) / len(losses) if losses else float("nan"),
+                "skipped": skipped,
+            }
+            if jacobians:
+                row["jacobian"] = sum(jacobians) / len(jacobians)
+            row.update(_validate(run, averaged, solves))
+            row["seconds"] = time.perf_counter() - started
+            # Before the checkpoint: a row without one is dropped on resuming, a lost row stays
+            # lost.
+            run.report(row)
+            state = {name: party.state_dict() for name, party in parties.items()}
+            place = {"phase": phase, "epoch": epoch + 1}
+            save_state(run.folder / LAST, {**place, **state}, keep_previous=True)
+        processes.wait()
+    if processes.first:
+        run.save(phase, averaged)
+    processes.wait()
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _synchronised(objective: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Let processes add up their gradients with the last part of an update only."""
+    if isinstance(objective, DistributedDataParallel) and not last:
+        return objective.no_sync()
+    return contextlib.nullcontext()
+
+
+def _batch_size(run: Run, phase: str, settings: PhaseConfig, images: int) -> int:
+    """Images of an update: as configured, or all where there are fewer, shared evenly."""
+    share = settings.accumulate * run.processes.world
+    if settings.batch % share:
+        raise ConfigError(
+            f"{phase}.batch must be a multiple of {phase}.accumulate x processes "
+            f"({settings.accumulate} x {run.processes.world}), got {settings.batch}"
         )
-    run.save(phase, average.module)
+    size = min(settings.batch, images - images % share)
+    if size == 0:
+        raise ConfigError(
+            f"{images} training images are too few for {settings.accumulate} parts x "
+            f"{run.processes.world} processes; lower {phase}.accumulate"
+        )
+    return size
 
 
-def _backward(settings: ImplicitConfig) -> Backward:
-    if settings.backward == "phantom":
-        return Phantom(settings.backward_steps, damping=1.0)
-    return get_backward(settings.backward)
+def _resume(run: Run, phase: str, parties: dict[str, Any]) -> int:
+    """Set everything to the last checkpoint of this phase; the number of epochs that are over."""
+    if not (run.folder / LAST).exists():
+        return 0
+    state = load_latest(run.folder)
+    if state.get("phase") != phase:
+        return 0
+    try:
+        for name, party in parties.items():
+            party.load_state_dict(state[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{run.folder / LAST}: this checkpoint does not fit the {run.config.model.name} of "
+            "this run; it may come from another run or an older version. Move last.pt and "
+            f"previous.pt away to start the {phase} phase again"
+        ) from error
+    run.log.info("%s: resuming after epoch %d", phase, state["epoch"])
+    return int(state["epoch"])
 
 
 def _validate(run: Run, model: SegmentationModel, solves: bool) -> dict[str, float]:
     model.eval()
     scores = run.validation.measure(model.explicit, run.device)
-    if not solves or not isinstance(model, ImplicitModel):
-        return {"val_dice": scores["dice"], "val_iou": scores["iou"]}
-    one_step = scores["dice"]
-    solve = run.config.solve
-    training = model.deq
-    anderson = build_solver("anderson", solve.anderson_memory)
-    model.deq = training.with_solver(anderson, tol=solve.tol, max_steps=solve.max_steps)
-    scores = run.validation.measure(model, run.device)
-    model.deq = training
-    return {
-        "val_dice": scores["dice"],
-        "val_iou": scores["iou"],
-        "val_dice_one_step": one_step,
-        "val_residual": scores["residual"],
-        "val_converged": scores["converged"],
-        "val_evaluations": scores["evaluations"],
-    }
-
-
-def _saved_state(run: Run, phase: str) -> dict[str, Any] | None:
-    if not (run.folder / LAST).exists():
-        return None
-    state = load_latest(run.folder)
-    return state if state["phase"] == phase else None
+    if solves and isinstance(model, ImplicitModel):
+        one_step = scores["dice"]
+        solve = run.config.solve
+        training = model.deq
+        anderson = build_solver("anderson", solve.anderson_memory)
+        model.deq = training.with_solver(anderson, tol=solve.tol, max_steps=solve.max_steps)
+        scores = run.validation.measure(model, run.device)
+        scores["dice_one_step"] = one_step
+        model.deq = training
+    return {f"val_{key}": value for key, value in scores.items()}

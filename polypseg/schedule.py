@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polypseg.config import PhaseConfig
+from polypseg.config import ImplicitConfig, PhaseConfig
 from polypseg.models import STRIDE
 
 
@@ -24,7 +24,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def learning_rate(settings: PhaseConfig, done: float) -> float:
-    """Linear warm-up, then cosine decay; ``done`` is the share of the updates that are over."""
+    """Linear warm-up, then cosine decay; ``done`` is the share of the updates that are over.
+
+    The explicit first epochs of an implicit phase come before that, with a linear decay of their
+    own.
+    """
+    if isinstance(settings, ImplicitConfig) and settings.warm_epochs:
+        warm = min(1.0, settings.warm_epochs / settings.epochs)
+        if done < warm:
+            return settings.warm_lr + (settings.final_lr - settings.warm_lr) * done / warm
+        done = (done - warm) / max(1e-9, 1 - warm)
     if done < settings.warmup:
         return settings.lr * max(done, 1e-3) / settings.warmup
     left = (done - settings.warmup) / max(1e-9, 1 - settings.warmup)
@@ -38,12 +47,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def rescale(
-    batch: dict[str, Any], scales: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Images and masks of a batch at one of the scales, sides rounded to what the model takes."""
-    images, masks = batch["image"].to(device), batch["mask"].to(device)
-    scale = scales[int(torch.randint(len(scales), ()))]
+def rescale(batch: dict[str, Any], scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and masks of a batch at a scale, sides rounded to what the model takes."""
+    images = batch["image"].to(device, non_blocking=True)
+    masks = batch["mask"].to(device, non_blocking=True)
     side = max(STRIDE, round(images.shape[-1] * scale / STRIDE) * STRIDE)
     if side == images.shape[-1]:
         return images, masks

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import torch
 
 from polypseg.checkpoint import CheckpointError, write_atomic
-from polypseg.config import Config, ConfigError, load_config, make_config
+from polypseg.config import (
+    SEGFORMERS,
+    Config,
+    ConfigError,
+    differences,
+    load_config,
+    load_recipe,
+    make_config,
+    recipes,
+)
 from polypseg.data import (
     DataError,
-    Pair,
     audit_folder,
     make_synthetic,
     split_for,
     training_folder,
 )
+from polypseg.distributed import Processes, choose_device, join_processes, leave_processes
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
 from polypseg.models import build_model, load_pretrained
 from polypseg.network_training import train_explicit, train_implicit
 from polypseg.runs import ResultsCsv, setup_log, versions
 from polypseg.testsets import audit_test_sets, find_test_sets
-from polypseg.training_run import FIELDS, PHASES, Run
+from polypseg.train_arguments import parse
+from polypseg.training_run import PHASES, Run, fields, tensorboard
 from polypseg.validation import Validation
 
 
@@ -35,72 +46,117 @@ class InputError(ValueError):
 
 def main(argv: list[str] | None = None) -> int:
     """`polypseg-train`: train what is not yet trained, evaluate, and write the report."""
-    arguments = _parser().parse_intermixed_args(argv)
-    folder: Path = arguments.run
+    arguments = parse(argv)
+    if arguments.recipe == "list":
+        width = max(map(len, recipes()))
+        print("\n".join(f"{name:{width}}  {purpose}" for name, purpose in recipes().items()))
+        return 0
     config = _config(arguments)
-    data = _data(arguments)
-    # Whatever is wrong is an error before anything is written.
-    _refuse_bad_input(data, arguments.encoder_weights, config, tested=arguments.evaluate)
-    split = split_for(data, config.seed)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    log = setup_log(folder / "train.log")
-    write_atomic(folder / "config.yaml", config.to_yaml().encode())
-    write_atomic(folder / "versions.json", json.dumps(versions(), indent=2).encode())
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    log.info(
-        "%d training and %d validation images of %s (%s); device %s, %d threads",
-        *(len(split.train), len(split.val), data, split.rule, device, torch.get_num_threads()),
-    )
-    run = Run(
-        folder,
-        config,
-        split,
-        Validation(split.val, config.data.size, config.hyper.batch),
-        device,
-        ResultsCsv(folder / "results.csv", FIELDS),
-        log,
-    )
-    for phase in arguments.phases:
-        if run.weights(phase).exists():
-            log.info("%s: already trained", phase)
-        elif phase == "explicit":
-            train_explicit(run, arguments.encoder_weights)
-        elif phase == "implicit":
-            train_implicit(run)
-        else:
-            fit_hyper(run)
-    if arguments.evaluate:
-        _evaluate(folder, data, split.val, arguments.device)
+    if arguments.print_config:
+        print(config.to_yaml(), end="")
+        return 0
+    phases = _phases(arguments.phases, config)
+    device = choose_device(arguments.device)
+    processes, device = join_processes(device)
+    try:
+        run, data = _open_run(arguments, config, device, processes)
+        if processes.world > 1 and config.hyper.alternate:
+            raise ConfigError("hyper.alternate trains in one process; start it without torchrun")
+        for phase in phases:
+            if run.weights(phase).exists():
+                run.log.info("%s: already trained", phase)
+            elif phase == "explicit":
+                train_explicit(run, arguments.encoder_weights)
+            elif phase == "implicit":
+                train_implicit(run)
+            elif processes.first:  # so small a network is not worth sharing
+                fit_hyper(run)
+    finally:
+        leave_processes(processes)
+    if arguments.evaluate and processes.first:
+        _evaluate(run, data)
     return 0
 
 
-def _evaluate(run: Path, data: Path, held_out: list[Pair], device: str | None) -> None:
+def _open_run(
+    arguments: argparse.Namespace, config: Config, device: torch.device, processes: Processes
+) -> tuple[Run, Path]:
+    """Check all that was given, then make or reopen the run directory; also returns the data."""
+    folder: Path = arguments.run
+    if processes.first:
+        data = _data(arguments)
+        # Whatever is wrong is an error before anything is written.
+        _refuse_bad_input(data, arguments.encoder_weights, config, tested=arguments.evaluate)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = setup_log(folder / "train.log")
+        write_atomic(folder / "config.yaml", config.to_yaml().encode())
+        write_atomic(folder / "versions.json", json.dumps(versions(), indent=2).encode())
+        results = ResultsCsv(folder / "results.csv", fields(config))
+    processes.wait()
+    if not processes.first:
+        data = _data(arguments)
+        log = logging.getLogger("polypseg.other")  # the first process tells
+        log.setLevel(logging.CRITICAL)
+        results = ResultsCsv(folder / "results.csv", fields(config))
+    split = split_for(data, config.seed)
+    log.info(
+        "%d training and %d validation images of %s (%s); device %s, %d processes, %d threads",
+        *(len(split.train), len(split.val), data, split.rule),
+        *(device, processes.world, torch.get_num_threads()),
+    )
+    validation = Validation(
+        split.val, config.data.size, config.hyper.batch, classes=config.model.classes
+    )
+    board = tensorboard(folder) if arguments.tensorboard and processes.first else None
+    run = Run(folder, config, split, validation, device, results, log, processes, board)
+    return run, data
+
+
+def _evaluate(run: Run, data: Path) -> None:
     """Score the run on its test sets or, where there are none, on the held-out images."""
-    tested = (data / "TestDataset").is_dir()
-    sets = find_test_sets([data]) if tested else {"validation": held_out}
-    command = f"polypseg-train {run}"
-    evaluation = evaluate_run(run, sets, device=device, command=command)
+    if (data / "TestDataset").is_dir():
+        sets = find_test_sets([data])
+    elif run.split.test:
+        sets = {data.resolve().name: run.split.test}
+    else:
+        sets = {"validation": run.split.val}
+    command = f"polypseg-train {run.folder}"
+    evaluation = evaluate_run(run.folder, sets, device=str(run.device), command=command)
     print_evaluation(evaluation)
-    print(f"Report: {report_evaluation(run, evaluation)}")
+    print(f"Report: {report_evaluation(run.folder, evaluation)}")
+
+
+def _phases(wanted: tuple[str, ...] | None, config: Config) -> tuple[str, ...]:
+    """The phases to train: those asked for, or all that the network has."""
+    own = PHASES[:1] if config.model.name in SEGFORMERS else PHASES
+    strange = [phase for phase in wanted or () if phase not in own]
+    if strange:
+        raise ConfigError(
+            f"{config.model.name} is an explicit network, without the phases {', '.join(strange)}"
+        )
+    return wanted or own
 
 
 def _config(arguments: argparse.Namespace) -> Config:
     """The run's own configuration if it has one, else that of the arguments."""
-    stored = arguments.run / "config.yaml"
+    stored = arguments.run / "config.yaml" if arguments.run else None
+    recipe = arguments.recipe or ("demo" if arguments.demo else None)
     if arguments.config is not None:
         config = load_config(arguments.config, arguments.set)
-    elif arguments.demo:
-        config = load_config(Path(__file__).with_name("demo.yaml"), arguments.set)
-    elif stored.exists():
+    elif recipe is not None:
+        config = load_recipe(recipe, arguments.set)
+    elif stored is not None and stored.exists():
         config = load_config(stored, arguments.set)
     else:
         config = make_config({}, arguments.set)
-    if stored.exists() and load_config(stored) != config:
-        raise ConfigError(
-            f"{arguments.run}: this run was started with other settings ({stored}); give the same "
-            "ones to resume it, or another run directory"
-        )
+    if stored is not None and stored.exists():
+        before = load_config(stored)
+        changed = differences(before, config)
+        if changed:
+            raise ConfigError(
+                f"{arguments.run}: this run was started with other settings ({stored}): "
+                f"{'; '.join(changed)}. Give the same ones to resume it, or another run directory"
+            )
     return config
 
 
@@ -122,7 +178,8 @@ def _data(arguments: argparse.Namespace) -> Path:
 def _refuse_bad_input(data: Path, weights: Path | None, config: Config, tested: bool) -> None:
     """Check images, masks and encoder weights, and report the faults of all of them together."""
     errors: list[Exception] = []
-    faults = [fault for fault in audit_folder(training_folder(data)) if fault.severity == "error"]
+    found = audit_folder(training_folder(data), config.model.classes)
+    faults = [fault for fault in found if fault.severity == "error"]
     if faults:
         errors.append(DataError(faults))
     try:
@@ -139,57 +196,3 @@ def _refuse_bad_input(data: Path, weights: Path | None, config: Config, tested: 
         raise InputError("\n".join(map(str, errors)))
     if errors:
         raise errors[0]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="polypseg-train",
-        description="Train a polyp-segmentation DEQ: explicit, then implicit, then its "
-        "HyperSolver. Repeating the command resumes an unfinished run.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, made if needed")
-    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="settings, e.g. data.size=192")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="holds TrainDataset/ or images/ and masks/"
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="YAML file of settings that differ from the defaults",
-    )
-    parser.add_argument(
-        "--encoder-weights",
-        type=Path,
-        metavar="FILE",
-        help="SegFormer encoder, .safetensors or .pth",
-    )
-    parser.add_argument(
-        "--phases",
-        type=_phases,
-        default=PHASES,
-        help="comma-separated; default: explicit,implicit,hyper",
-    )
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        help="small quick settings and, without --data, synthetic images",
-    )
-    parser.add_argument(
-        "--no-evaluate",
-        dest="evaluate",
-        action="store_false",
-        help="do not score the run at the end and write no report",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
-    return parser
-
-
-def _phases(text: str) -> tuple[str, ...]:
-    wanted = text.split(",")
-    unknown = [phase for phase in wanted if phase not in PHASES]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"unknown phase {', '.join(unknown)}; choose from {', '.join(PHASES)}"
-        )
-    return tuple(phase for phase in PHASES if phase in wanted)

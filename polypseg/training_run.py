@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from polypseg.checkpoint import save_weights
 from polypseg.config import Config
-from polypseg.data import Split
+from polypseg.data import PolypDataset, Split
+from polypseg.distributed import Processes
 from polypseg.runs import ResultsCsv, plot_curves, versions
 from polypseg.validation import Validation
 
@@ -36,11 +38,33 @@ FIELDS = [
     "distance_start",
     "distance_end",
 ]
+CLASS_FIELDS = ["val_dice_neoplastic", "val_dice_non_neoplastic", "val_dice_polyp"]
+
+
+def fields(config: Config) -> list[str]:
+    """The columns of results.csv."""
+    return FIELDS + (CLASS_FIELDS if config.model.classes > 1 else [])
+
+
+def tensorboard(folder: Path) -> Any:
+    """A TensorBoard writer into a folder of the run.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter(folder / "tensorboard")
 
 
 @dataclass
 class Run:
-    """What the phases share."""
+    """What the phases share.
+
+    Of several processes the first one alone reports and saves.
+    """
 
     folder: Path
     config: Config
@@ -49,6 +73,28 @@ class Run:
     device: torch.device
     results: ResultsCsv
     log: logging.Logger
+    processes: Processes = field(default_factory=Processes)
+    board: Any = None  # a TensorBoard SummaryWriter
+
+    @property
+    def workers(self) -> int:
+        """Processes that load images for this one."""
+        wanted = self.config.data.workers
+        if wanted >= 0:
+            return wanted
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return min(8, (cores or 1) // self.processes.world) if self.device.type == "cuda" else 0
+
+    def training_data(self) -> PolypDataset:
+        """The training images, augmented."""
+        config = self.config
+        return PolypDataset(
+            self.split.train,
+            config.data.size,
+            train=True,
+            seed=config.seed,
+            classes=config.model.classes,
+        )
 
     def weights(self, phase: str) -> Path:
         return self.folder / f"{phase}.safetensors"
@@ -61,12 +107,18 @@ class Run:
         )
         self.log.info("%s epoch %d: %s", row["phase"], row["epoch"], numbers)
         plot_curves(self.results.path, self.folder / "curves.png")
+        if self.board is not None:
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{row['phase']}/{key}", value, row["epoch"])
+            self.board.flush()
 
     def save(self, phase: str, module: nn.Module, more: Mapping[str, str] | None = None) -> None:
         """Write the weights of a finished phase; ``more`` is added to the file's metadata."""
         metadata = {
             **(more or {}),
             "phase": phase,
+            "model": self.config.model.name,
             "config": self.config.to_yaml(),
             "versions": json.dumps(versions()),
         }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polypseg.data import Pair, PolypDataset, batches, read_mask
+from polypseg.data import CLASS_NAMES, Pair, PolypDataset, batches, read_mask
 from polypseg.metrics import resize_logits, score_masks
 from polypseg.models import Prediction
 
@@ -21,11 +21,12 @@ class Validation:
         pairs: the files.
         size: side of the images that the network sees.
         batch: images predicted together.
+        classes: of the masks, 1 or 3.
     """
 
-    def __init__(self, pairs: Sequence[Pair], size: int, batch: int):
-        self.dataset = PolypDataset(pairs, size, train=False, seed=0)
-        self.masks = [torch.from_numpy(read_mask(pair.mask)).bool() for pair in pairs]
+    def __init__(self, pairs: Sequence[Pair], size: int, batch: int, classes: int = 1):
+        self.dataset = PolypDataset(pairs, size, train=False, seed=0, classes=classes)
+        self.masks = [torch.from_numpy(read_mask(pair.mask, classes)) for pair in pairs]
         self.batch = batch
 
     @torch.no_grad()
@@ -36,26 +37,47 @@ class Validation:
 
         Returns:
             "dice" and "iou"; of an implicit model also "residual" (median), "evaluations" (mean)
-            and "converged" (share of images with a residual of at most 1e-3).
+            and "converged" (share of images with a residual of at most 1e-3). With three classes
+            "dice" and "iou" are the means of the two polyp classes, "dice_neoplastic" and
+            "dice_non_neoplastic" those of each, and "dice_polyp" counts both as one.
         """
-        dice, iou = [], []
+        rows: list[dict[str, float]] = []
         residuals: list[Tensor] = []
         evaluations: list[Tensor] = []
         for batch in batches(self.dataset, self.batch, shuffle=False, seed=0, epoch=0):
             prediction = predict(batch["image"].to(device))
             for logits, index in zip(prediction.logits.cpu(), batch["index"].tolist(), strict=True):
-                truth = self.masks[index]
-                height, width = truth.shape
-                score = score_masks(resize_logits(logits, (height, width))[0] > 0, truth)
-                dice.append(score.dice)
-                iou.append(score.iou)
+                rows.append(score(logits, self.masks[index]))
             if prediction.solution is not None:
                 residuals.append(prediction.solution.residual.cpu())
                 evaluations.append(prediction.solution.evaluations.cpu())
-        scores = {"dice": sum(dice) / len(dice), "iou": sum(iou) / len(iou)}
+        scores = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
         if residuals:
             residual = torch.cat(residuals)
             scores["residual"] = residual.median().item()
             scores["converged"] = (residual <= CONVERGED).float().mean().item()
             scores["evaluations"] = torch.cat(evaluations).float().mean().item()
         return scores
+
+
+def score(logits: Tensor, truth: Tensor) -> dict[str, float]:
+    """Dice and IoU of one image, keys as in `Validation.measure`.
+
+    Args:
+        logits: (K, h, w) at any size; one binary logit or one of each class.
+        truth: (H, W) class numbers.
+    """
+    height, width = truth.shape
+    resized = resize_logits(logits, (height, width))
+    if len(resized) == 1:
+        whole = score_masks(resized[0] > 0, truth > 0)
+        return {"dice": whole.dice, "iou": whole.iou}
+    predicted = resized.argmax(0)
+    names = CLASS_NAMES[1:]
+    each = [score_masks(predicted == number, truth == number) for number in (1, 2)]
+    return {
+        "dice": sum(one.dice for one in each) / len(each),
+        "iou": sum(one.iou for one in each) / len(each),
+        **{f"dice_{name}": one.dice for name, one in zip(names, each, strict=True)},
+        "dice_polyp": score_masks(predicted > 0, truth > 0).dice,
+    }

@@ -134,6 +134,9 @@ def batches(
     epoch: int,
     workers: int = 0,
     drop_last: bool = False,
+    parts: int = 1,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader[dict[str, Any]]:
     """Return the batches of one epoch, in an order that (seed, epoch) alone decides.
 
@@ -147,10 +150,19 @@ def batches(
         epoch: 0, 1, ...
         workers: processes that prepare batches; 0 prepares them in this one.
         drop_last: leave out a last, smaller batch.
+        parts: equal parts that each batch comes in, one after the other.
+        rank, world: this process among those that share each part evenly.
 
     Raises:
+        ValueError: the batches cannot be shared evenly.
         DataError: with `workers`, by any pair that cannot be read.
     """
+    share = parts * world
+    if share > 1 and (batch_size % share or not drop_last):
+        raise ValueError(
+            f"batches of {batch_size} cannot be shared evenly by {parts} parts x {world} processes "
+            "(drop_last must be set, too)"
+        )
     dataset.set_epoch(epoch)
     if workers:
         # What a worker caches dies with it, so fill the cache here, once; forked workers share the
@@ -162,12 +174,14 @@ def batches(
         if shuffle
         else np.arange(len(dataset))
     )
+    chunk = batch_size // share
+    starts = range(rank * chunk, len(order), world * chunk)
+    if drop_last:
+        starts = range(rank * chunk, len(order) - len(order) % batch_size, world * chunk)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=order.tolist(),
+        batch_sampler=[order[start : start + chunk].tolist() for start in starts],
         num_workers=workers,
-        drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
     )

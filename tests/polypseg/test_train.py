@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from polypseg.checkpoint import CheckpointError, load_weights
-from polypseg.config import ConfigError
+from polypseg.config import ConfigError, load_recipe
 from polypseg.data import DataError, list_images, make_synthetic, read_image
 from polypseg.predictor import Predictor
 from polypseg.schedule import learning_rate, rescale
@@ -171,16 +171,23 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert learning_rate(settings, 1.0) == pytest.approx(1e-6)
 
 
-def test_scales_give_sides_that_the_model_takes() -> None:
-    torch.manual_seed(0)
+def test_the_paper_restarts_the_learning_rate_after_the_warm_epochs() -> None:
+    settings = load_recipe("polypdeq-add-paper").implicit
+    assert learning_rate(settings, 0.0) == pytest.approx(1e-3)
+    assert learning_rate(settings, 0.025) == pytest.approx((1e-3 + 1e-6) / 2)
+    assert learning_rate(settings, 0.04999) == pytest.approx(1e-6, rel=1)
+    assert learning_rate(settings, 0.05) == pytest.approx(1e-4)
+    assert learning_rate(settings, 0.525) == pytest.approx((1e-4 + 1e-6) / 2)
+    assert learning_rate(settings, 1.0) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(("scale", "side"), [(0.75, 192), (1.0, 256), (1.25, 320), (0.3, 64)])
+def test_scales_give_sides_that_the_model_takes(scale: float, side: int) -> None:
     batch = {
         "image": torch.randn(2, 3, 256, 256),
-        "mask": (torch.rand(2, 1, 256, 256) > 0.5).float(),
+        "mask": torch.randint(3, (2, 1, 256, 256)).float(),
     }
-    sides = set()
-    for _ in range(30):
-        images, masks = rescale(batch, (0.75, 1.0, 1.25), torch.device("cpu"))
-        assert images.shape[-2:] == masks.shape[-2:]
-        assert set(masks.unique().tolist()) <= {0.0, 1.0}
-        sides.add(images.shape[-1])
-    assert sides == {192, 256, 320}
+    images, masks = rescale(batch, scale, torch.device("cpu"))
+    assert images.shape == (2, 3, side, side)
+    assert masks.shape == (2, 1, side, side)
+    assert set(masks.unique().tolist()) == {0.0, 1.0, 2.0}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # differentiable
 
 # The others wait while the first process checks the data or validates.
 _PATIENCE = timedelta(hours=6)
@@ -64,6 +65,7 @@ def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
 def leave_processes(processes: Processes) -> None:
     """The end of what the processes do together."""
     if processes.world > 1:
+        gc.collect()  # whatever still holds the group would wait for the others at exit, for ever
         dist.destroy_process_group()
 
 
@@ -79,7 +81,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         work = x.float()
         moments = torch.stack([work.mean((0, 2, 3)), work.square().mean((0, 2, 3))])
-        mean, square = all_reduce(moments) / dist.get_world_size()
+        mean, square = _Sum.apply(moments) / dist.get_world_size()
         variance = (square - mean.square()).clamp_min(0)
         self._follow(mean.detach(), variance.detach(), x.numel() // x.shape[1])
         scale = (variance + self.eps).rsqrt() * self.weight
@@ -95,6 +97,20 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         self.running_mean.lerp_(mean, self.momentum or 0.1)
         self.running_var.lerp_(variance * (count / (count - 1)), self.momentum or 0.1)
         self.num_batches_tracked += 1
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradients[0])
 
 
 def share_batch_statistics(model: nn.Module) -> None:

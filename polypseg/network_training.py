@@ -67,7 +67,7 @@ def _train_network(run: Run, phase: str, model: SegmentationModel, settings: Pha
     objective: nn.Module = Objective(model, settings)
     if processes.world > 1:
         share_batch_statistics(model)
-        objective = DistributedDataParallel(objective, broadcast_buffers=False)
+        objective = DistributedDataParallel(objective)
     # Gradients of fp16 underflow unless they are scaled; the others need no scale.
     scaler = torch.amp.GradScaler(run.device.type, enabled=settings.precision == "fp16")
     average = AveragedModel(

@@ -48,7 +48,7 @@ def work(rank: int, port: int, out: str) -> None:
     for solves in (False, True):
         single = objective()
         share_batch_statistics(single)
-        model = DistributedDataParallel(single, broadcast_buffers=False)
+        model = DistributedDataParallel(single)
         half = IMAGES // 2
         found.append(result(model, slice(half * rank, half * rank + half), solves))
     if rank == 0:

@@ -225,7 +225,7 @@ def test_torchrun_trains_one_run(data: Path, tmp_path: Path) -> None:
     arguments = [str(tmp_path / "two"), "--data", str(data), "--no-evaluate", "--device", "cpu"]
     phases = ["--phases", "explicit"]
     command = [*module, *program, *arguments, *phases, *TINY]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     train(tmp_path / "one", data)
     two, one = (rows(tmp_path / name) for name in ("two", "one"))
     assert [row["epoch"] for row in two] == ["1", "2"]

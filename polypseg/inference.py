@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from deqsolvers import HandOver
 from polypseg.checkpoint import CheckpointError, load_into
 from polypseg.config import Config, load_config
 from polypseg.models import (
@@ -42,8 +43,8 @@ def load_model(
     Args:
         run: a directory that `polypseg-train` wrote.
         solver: one of `SOLVERS`.
-        tol, max_steps: instead of the run's ``solve`` settings; of "hyper", ``max_steps`` is the
-            number of evaluations and a ``tol`` lets images stop earlier.
+        tol, max_steps: instead of the run's ``solve`` settings; without a ``tol``, "hyper" makes
+            ``max_steps`` evaluations, and with one it goes on with Anderson where it stalls.
 
     Raises:
         ValueError: an unknown solver.
@@ -70,12 +71,13 @@ def load_model(
     if solver == "hyper":
         hyper = build_hypersolver(model, config.hyper)
         load_into(hyper, _weights(run, "hyper", solver), what="HyperSolver")
-        model.deq = model.deq.with_solver(
-            hyper,
-            tol=tol,
-            max_steps=settings.hyper_steps if max_steps is None else max_steps,
-            final="last",
-        )
+        if tol is None:
+            steps = settings.hyper_steps if max_steps is None else max_steps
+            model.deq = model.deq.with_solver(hyper, tol=None, max_steps=steps, final="last")
+        else:
+            sure = HandOver(hyper, build_solver("anderson", settings.anderson_memory))
+            steps = settings.max_steps if max_steps is None else max_steps
+            model.deq = model.deq.with_solver(sure, tol=tol, max_steps=steps)
     else:
         memory = settings.memory if solver == "broyden" else settings.anderson_memory
         model.deq = model.deq.with_solver(

@@ -92,6 +92,16 @@ def test_an_explicit_pass_is_one_evaluation_without_a_residual(tiny_run):
     assert np.isnan(result.residual)
 
 
+def test_a_tolerance_lets_the_hypersolver_go_on_with_anderson(tiny_run):
+    """Its random weights stall; the classic solver finishes what they cannot."""
+    fixed = Predictor.from_run(tiny_run, "hyper").predict(IMAGE, measure=True)
+    assert (fixed.status, fixed.evaluations) == ("FIXED_STEPS", 2)
+    sure = Predictor.from_run(tiny_run, "hyper", tol=1e-4, max_steps=80).predict(IMAGE)
+    assert sure.status == "CONVERGED"
+    assert sure.residual <= 1e-4
+    assert sure.evaluations > 2
+
+
 def test_tol_and_max_steps_replace_those_of_the_run(tiny_run):
     exact = Predictor.from_run(tiny_run, "anderson", tol=1e-5, max_steps=60).predict(IMAGE)
     assert exact.status == "CONVERGED"

@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo '"$(PYTHON)" cannot create virtual environments. On Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
 	@"$(PY)" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv "$(VENV)"
-	"$(PY)" -m pip install -e ".[polypseg,dev]"
+	"$(PY)" -m pip install -e ".[polypseg,dev,docs]"
 	@touch "$@"
 
 demo: venv ## train a small model and show its results (DATA=DIR: on your own images)
@@ -37,14 +37,10 @@ lint: venv ## check style, formatting and types
 	"$(PY)" -m ruff format --check
 	"$(PY)" -m mypy deqsolvers polypseg
 
-docs: $(VENV)/.docs-installed ## build the documentation into docs/_build/html and run its examples
+docs: venv ## build the documentation into docs/_build/html and run its examples
 	"$(PY)" -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	"$(PY)" -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
 
-$(VENV)/.docs-installed: $(VENV)/.installed
-	"$(PY)" -m pip install -e ".[docs]"
-	@touch "$@"
-
 clean: ## remove what was built, but neither .venv nor runs/
-	rm -rf build dist *.egg-info docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info docs/_build docs/api/polypseg .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find deqsolvers polypseg tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

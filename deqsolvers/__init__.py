@@ -13,6 +13,7 @@ from deqsolvers.regularization import jacobian_regularizer, spectral_radius
 from deqsolvers.solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from deqsolvers.solvers import (
     Anderson,
+    AndersonTypeI,
     Broyden,
     HandOver,
     Memory,
@@ -28,6 +29,7 @@ __all__ = [
     "DEQ",
     "PUBLISHED_WEIGHTS",
     "Anderson",
+    "AndersonTypeI",
     "Backward",
     "Broyden",
     "ConvergenceError",

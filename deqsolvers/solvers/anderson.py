@@ -18,7 +18,9 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass
-class _AndersonMemory(Memory):
+class AndersonMemory(Memory):
+    """What both types of the method remember."""
+
     df: History  # differences of successive f(z)
     dg: History  # differences of successive residuals
     gram: Tensor  # (B, filled, filled) float64, inner products of the columns of dg
@@ -30,6 +32,13 @@ class _AndersonMemory(Memory):
     buffers: Buffers
     fz: Tensor | None = None
     g: Tensor | None = None
+
+    def grow(self) -> None:
+        """Make room for inner products with a column that has not replaced another one."""
+        grown = self.dg.filled - self.gram.shape[1]
+        if grown:
+            self.products = pad(self.products, (0, grown))
+            self.gram = pad(self.gram, (0, grown, 0, grown))
 
 
 class Anderson(Solver):
@@ -73,12 +82,12 @@ class Anderson(Solver):
         self.safeguard = safeguard
 
     def __repr__(self) -> str:
-        return f"Anderson(memory={self.memory}, damping={self.damping})"
+        return f"{type(self).__name__}(memory={self.memory}, damping={self.damping})"
 
-    def init(self, z: Tensor, layout: Layout) -> _AndersonMemory:
+    def init(self, z: Tensor, layout: Layout) -> AndersonMemory:
         batch = z.shape[0]
         masks = not may_look(z)
-        return _AndersonMemory(
+        return AndersonMemory(
             df=History(self.memory, z),
             dg=History(self.memory, z),
             gram=z.new_zeros(batch, 0, 0, dtype=torch.float64),
@@ -88,7 +97,7 @@ class Anderson(Solver):
             buffers=Buffers(),
         )
 
-    def step(self, memory: _AndersonMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+    def step(self, memory: AndersonMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         if memory.g is None or memory.fz is None:
             memory.fz, memory.g = fz, g
             if math.isfinite(self.safeguard):
@@ -104,14 +113,12 @@ class Anderson(Solver):
             return mixed
         return mixed.sub(memory.dg.subtract_from(g, gamma), alpha=1 - self.damping)
 
-    def _update_gram(self, memory: _AndersonMemory, g: Tensor) -> None:
+    def _update_gram(self, memory: AndersonMemory, g: Tensor) -> None:
         # One pass over the history gives dG g. The new Gram row dG (g - g_previous) is the change
         # of that product, which saves the second pass and keeps its relative accuracy.
-        slot, grown = memory.dg.newest, memory.dg.filled - memory.gram.shape[1]
+        slot = memory.dg.newest
         products = memory.dg.dot(g).double()
-        if grown:
-            memory.products = pad(memory.products, (0, grown))
-            memory.gram = pad(memory.gram, (0, grown, 0, grown))
+        memory.grow()
         row = products - memory.products
         row[:, slot] = torch.linalg.vector_norm(memory.dg.buffer[slot], dim=1).double().square()
         # Autograd may have saved the matrix of the step before.
@@ -120,7 +127,7 @@ class Anderson(Solver):
         gram[:, :, slot] = row
         memory.products, memory.gram = products, gram
 
-    def _weights(self, memory: _AndersonMemory, g: Tensor) -> Tensor:
+    def _weights(self, memory: AndersonMemory, g: Tensor) -> Tensor:
         """(B, filled) gamma."""
         system, right = memory.gram.clone(), memory.products
         if memory.length is not None:
@@ -128,13 +135,7 @@ class Anderson(Solver):
             used = memory.dg.ages() < memory.length.unsqueeze(1)
             system = torch.where(used.unsqueeze(1) & used.unsqueeze(2), system, 0.0)
             right = torch.where(used, right, 0.0)
-        ridge = self.regularization
-        if ridge is None:
-            ridge = 10 * torch.finfo(g.dtype).eps
-        # A column that is unused or zero has a zero right-hand side; any pivot will do.
-        system.diagonal(dim1=1, dim2=2).mul_(1 + ridge).clamp_min_(_TINY)
-        factor, info = torch.linalg.cholesky_ex(system)
-        gamma = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+        gamma, info = self._solve(memory, system, right, 10 * torch.finfo(g.dtype).eps)
         if memory.length is None and math.isinf(self.safeguard) and _solved(info, gamma):
             return gamma.to(g.dtype)
         restart = (info != 0) | ~torch.isfinite(gamma).all(1)
@@ -147,7 +148,17 @@ class Anderson(Solver):
         memory.length = torch.where(restart, 0, memory.length)
         return torch.where(restart.unsqueeze(1), 0.0, gamma).to(g.dtype)
 
-    def _grown(self, memory: _AndersonMemory, g: Tensor) -> Tensor:
+    def _solve(
+        self, memory: AndersonMemory, system: Tensor, right: Tensor, rounding: float
+    ) -> tuple[Tensor, Tensor]:
+        """(B, filled) gamma, and (B,) which is nonzero where the system is singular."""
+        ridge = rounding if self.regularization is None else self.regularization
+        # A column that is unused or zero has a zero right-hand side; any pivot will do.
+        system.diagonal(dim1=1, dim2=2).mul_(1 + ridge).clamp_min_(_TINY)
+        factor, info = torch.linalg.cholesky_ex(system)
+        return torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2), info
+
+    def _grown(self, memory: AndersonMemory, g: Tensor) -> Tensor:
         """(B,) whose residual the safeguard objects to."""
         size = torch.linalg.vector_norm(g.detach(), dim=1)
         grown = size > self.safeguard * memory.smallest

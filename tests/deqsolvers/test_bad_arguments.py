@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqsolvers import DEQ, Anderson, Broyden, NewtonKrylov, Picard, Solver, fixed_point
+from deqsolvers import (
+    DEQ,
+    Anderson,
+    AndersonTypeI,
+    Broyden,
+    NewtonKrylov,
+    Picard,
+    Solver,
+    fixed_point,
+)
 
 
 def half(z: Tensor, *inputs: Any) -> Tensor:
@@ -96,7 +105,9 @@ def test_inputs_must_be_batch_first(value: Any, message: str) -> None:
         fixed_point(half, torch.zeros(2, 3), (value,))
 
 
-@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [Picard(), Anderson(), AndersonTypeI(), Broyden(), NewtonKrylov()], ids=repr
+)
 def test_a_map_that_closes_over_a_tensor_of_the_batch_is_told_so(solver: Solver) -> None:
     """When one sample is left, its state broadcasts against the tensor of the whole batch."""
     rates, shift = torch.tensor([[0.9], [0.1]]), torch.arange(1.0, 7.0).reshape(2, 3)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deqsolvers import (
     Anderson,
+    AndersonTypeI,
     Broyden,
     NewtonKrylov,
     Picard,
@@ -19,7 +20,13 @@ from deqsolvers import (
 from tests.deqsolvers.maps import normal
 from tests.problems import breaking, tanh_deq
 
-SOLVERS: list[Solver] = [Picard(), Anderson(memory=4), Broyden(memory=8), NewtonKrylov(memory=6)]
+SOLVERS: list[Solver] = [
+    Picard(),
+    Anderson(memory=4),
+    AndersonTypeI(memory=4),
+    Broyden(memory=8),
+    NewtonKrylov(memory=6),
+]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 # The same examples in every run: a test suite must not fail by chance.
 few = settings(deadline=None, max_examples=10, derandomize=True)

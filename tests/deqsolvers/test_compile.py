@@ -6,13 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqsolvers import Anderson, Broyden, HyperSolver, NewtonKrylov, Picard, Solver, fixed_point
+from deqsolvers import (
+    Anderson,
+    AndersonTypeI,
+    Broyden,
+    HyperSolver,
+    NewtonKrylov,
+    Picard,
+    Solver,
+    fixed_point,
+)
 from tests.deqsolvers.maps import TanhMap, normal
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "picard": Picard,
     "anderson": lambda: Anderson(3),
     "broyden": lambda: Broyden(4),
+    "type one": lambda: AndersonTypeI(2),
     "newton-krylov": lambda: NewtonKrylov(2),
     "hyper": lambda: HyperSolver.for_vectors(6, memory=2).double(),
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deqsolvers import (
     Anderson,
+    AndersonTypeI,
     Broyden,
     ConvergenceError,
     NewtonKrylov,
@@ -26,6 +27,7 @@ SOLVERS: list[Solver] = [
     Picard(damping=0.3),
     Anderson(memory=4),
     Anderson(memory=4, damping=0.3),
+    AndersonTypeI(memory=4),
     Broyden(memory=6),
     Broyden(memory=6, damping=0.3),
     NewtonKrylov(memory=6),

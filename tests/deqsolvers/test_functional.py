@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from deqsolvers import (
     DEQ,
     Anderson,
+    AndersonTypeI,
     Broyden,
     ConvergenceWarning,
     Implicit,
@@ -24,7 +25,7 @@ from deqsolvers import (
 from tests.deqsolvers.maps import TanhMap, normal
 from tests.deqsolvers.references import exact, unrolled
 
-SOLVERS: list[Solver] = [Picard(), Anderson(), Broyden(), NewtonKrylov()]
+SOLVERS: list[Solver] = [Picard(), Anderson(), AndersonTypeI(), Broyden(), NewtonKrylov()]
 X = normal(3, 5, seed=7)
 
 

@@ -6,7 +6,7 @@ import scipy.optimize
 import scipy.sparse.linalg
 import torch
 
-from deqsolvers import Anderson, Broyden, NewtonKrylov, Solver, StepInfo, fixed_point
+from deqsolvers import Anderson, AndersonTypeI, Broyden, NewtonKrylov, Solver, StepInfo, fixed_point
 from deqsolvers.state import Layout
 from tests.problems import (
     PROBLEMS,
@@ -39,8 +39,10 @@ def iterates(problem: Problem, solver: Solver, steps: int) -> list[np.ndarray]:
     return seen
 
 
-def walker_ni(problem: Problem, memory: int, damping: float, steps: int) -> list[np.ndarray]:
-    """Type-II Anderson acceleration for each sample on its own, by orthogonal least squares."""
+def walker_ni(
+    problem: Problem, memory: int, damping: float, steps: int, kind: type[Anderson]
+) -> list[np.ndarray]:
+    """Anderson acceleration for each sample on its own; type II by orthogonal least squares."""
     paths = []
     for row in range(len(problem.z0)):
         inputs = tuple(tensor[row : row + 1] for tensor in problem.inputs)
@@ -55,7 +57,10 @@ def walker_ni(problem: Problem, memory: int, damping: float, steps: int) -> list
             step = damping * gs[-1]
             if len(gs) > 1:
                 dz, dg = np.diff(np.array(zs), axis=0).T, np.diff(np.array(gs), axis=0).T
-                gamma = np.linalg.lstsq(dg, gs[-1], rcond=None)[0]
+                if kind is AndersonTypeI:
+                    gamma = np.linalg.solve(dz.T @ dg, dz.T @ gs[-1])
+                else:
+                    gamma = np.linalg.lstsq(dg, gs[-1], rcond=None)[0]
                 step = step - (dz + damping * dg) @ gamma
             z = z + step
             path.append(z)
@@ -66,12 +71,13 @@ def walker_ni(problem: Problem, memory: int, damping: float, steps: int) -> list
 @pytest.mark.parametrize("problem", [tanh_deq(), non_normal()], ids=lambda p: p.name)
 @pytest.mark.parametrize("damping", [1.0, 0.6])
 @pytest.mark.parametrize("memory", [1, 3])
+@pytest.mark.parametrize("kind", [Anderson, AndersonTypeI])
 def test_anderson_is_walker_and_ni_step_by_step(
-    memory: int, damping: float, problem: Problem
+    kind: type[Anderson], memory: int, damping: float, problem: Problem
 ) -> None:
     steps = 10
-    ours = iterates(problem, Anderson(memory, damping, regularization=0.0), steps)
-    theirs = walker_ni(problem, memory, damping, steps)
+    ours = iterates(problem, kind(memory, damping, regularization=0.0), steps)
+    theirs = walker_ni(problem, memory, damping, steps, kind)
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-7 * np.abs(other).max())
 
@@ -126,6 +132,35 @@ def test_full_memory_anderson_is_gmres(matrix: torch.Tensor) -> None:
         residual = np.linalg.norm(right - system @ ours[k + 1][0])
         np.testing.assert_allclose(residual, smallest, rtol=1e-6, atol=1e-9)
     # n + 1 evaluations determine the solution, the next iterate is it.
+    assert problem.solution is not None
+    np.testing.assert_allclose(ours[size + 1], problem.solution.numpy(), rtol=0, atol=1e-9)
+
+
+def arnoldi(system: np.ndarray, right: np.ndarray, size: int) -> np.ndarray:
+    """The full orthogonalisation method: x in the Krylov space, residual orthogonal to it."""
+    basis = np.linalg.qr(np.stack([right], axis=1))[0]
+    while basis.shape[1] < size:
+        basis = np.linalg.qr(np.column_stack([basis, system @ basis[:, -1]]))[0]
+    return basis @ np.linalg.solve(basis.T @ system @ basis, basis.T @ right)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        with_spectrum(torch.tensor([0.9, 0.5, 0.1, -0.3, -0.8], dtype=torch.float64)),
+        torch.block_diag(rotation(2, 1.0, 0.9), rotation(2, 2.0, 0.8), rotation(2, 0.3, 0.5)),
+    ],
+    ids=["symmetric", "rotating"],
+)
+def test_type_one_with_full_memory_is_arnoldis_method(matrix: torch.Tensor) -> None:
+    """Walker & Ni (2011), section 2: z_(k+1) = f(x_k), x_k the k-th iterate of Arnoldi's method."""
+    problem = linear("full memory", matrix, batch=1)
+    size = len(matrix)
+    system, right = (torch.eye(size) - matrix).numpy(), problem.inputs[0][0].numpy()
+    ours = iterates(problem, AndersonTypeI(memory=size), size + 1)
+    for k in range(1, size + 1):
+        expected = matrix.numpy() @ arnoldi(system, right, k) + right
+        np.testing.assert_allclose(ours[k + 1][0], expected, rtol=0, atol=1e-8)
     assert problem.solution is not None
     np.testing.assert_allclose(ours[size + 1], problem.solution.numpy(), rtol=0, atol=1e-9)
 
@@ -258,6 +293,15 @@ def test_broyden_solves_n_linear_equations_in_2n_steps(matrix: torch.Tensor) -> 
     assert solution.converged.all(), solution.describe()
 
 
+def test_type_one_starts_again_where_its_system_is_singular() -> None:
+    """f(z) = z + S z, S skew, leaves every step orthogonal to its change of the residual."""
+    skew = torch.tensor([[0.0, 2.0], [-2.0, 0.0]], dtype=torch.float64)
+    problem = linear("skew", torch.eye(2).double() + skew, batch=1)
+    path = iterates(problem, AndersonTypeI(memory=1), 2)
+    plain = problem.f(torch.from_numpy(path[1]), *problem.inputs).numpy()
+    np.testing.assert_allclose(path[2], plain, rtol=1e-12)
+
+
 def test_broyden_starts_again_when_its_memory_is_full() -> None:
     problem = symmetric(0.9)
     short, long = (iterates(problem, Broyden(memory=m), 8) for m in (3, 20))
@@ -269,7 +313,9 @@ def test_broyden_starts_again_when_its_memory_is_full() -> None:
     assert not np.allclose(long[5], plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", [Anderson(memory=3), Broyden(memory=3)], ids=str)
+@pytest.mark.parametrize(
+    "method", [Anderson(memory=3), AndersonTypeI(memory=3), Broyden(memory=3)], ids=str
+)
 def test_a_singular_update_costs_a_plain_step_and_no_more(method: Solver) -> None:
     """f(z) = z + c has the same residual everywhere: no secant equation can be solved."""
     shift = torch.tensor([[1.0, -2.0, 4.0], [0.5, 0.0, 8.0]])

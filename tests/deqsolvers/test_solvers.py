@@ -7,6 +7,7 @@ import torch
 
 from deqsolvers import (
     Anderson,
+    AndersonTypeI,
     Broyden,
     NewtonKrylov,
     Picard,
@@ -25,6 +26,8 @@ SOLVERS: dict[str, Solver] = {
     "picard damped": Picard(damping=0.5),
     "anderson 5": Anderson(memory=5),
     "anderson 1": Anderson(memory=1),
+    "type one 5": AndersonTypeI(memory=5),
+    "type one 1": AndersonTypeI(memory=1),
     "broyden 20": Broyden(memory=20),
     "broyden 1": Broyden(memory=1),
     "newton-krylov 20": NewtonKrylov(memory=20),
@@ -54,6 +57,12 @@ HOPELESS: dict[tuple[str, str], set[Status]] = {
     ("picard damped", "expanding"): {Status.DIVERGED},
     ("anderson 1", "symmetric 0.99"): _SLOW,
     ("anderson 1", "symmetric 0.999"): _SLOW,
+    ("type one 1", "symmetric 0.99"): _SLOW,
+    ("type one 1", "symmetric 0.999"): _SLOW,
+    ("type one 1", "rotating"): _SLOW,
+    ("type one 1", "expanding rotation"): _SLOW,
+    ("type one 1", "badly scaled"): _ANY_FAILURE | {Status.CONVERGED},
+    ("type one 1", "scipy F4"): {Status.STALLED},
     ("broyden 1", "symmetric 0.99"): _SLOW,
     ("broyden 1", "symmetric 0.999"): _SLOW,
     ("broyden 1", "rotating"): _SLOW,
@@ -79,6 +88,8 @@ HOPELESS: dict[tuple[str, str], set[Status]] = {
     **{(s, p): _ANY_FAILURE for s in SOLVERS for p in WIDE if s != "newton-krylov 20"},
     # Its path is chaotic: a change of 1e-12 in z0 decides how it ends.
     ("anderson 5", "burgers"): _ANY_FAILURE | {Status.CONVERGED},
+    # So is its: f expands a thousandfold, and after a restart nothing holds it.
+    ("type one 5", "scipy F4"): _ANY_FAILURE | {Status.NON_FINITE, Status.CONVERGED},
     **{(solver, "jumping"): {Status.STALLED} for solver in SOLVERS},
 }
 BROKEN_SAMPLE = {"breaking": 1}
@@ -251,14 +262,14 @@ def test_history_is_a_ring_of_the_newest_entries(recorded: bool, width: int) -> 
         torch.testing.assert_close(history.dot(probe[1:]), dots[1:])
 
 
-@pytest.mark.parametrize("method", [Picard, Anderson, Broyden])
+@pytest.mark.parametrize("method", [Picard, Anderson, AndersonTypeI, Broyden])
 @pytest.mark.parametrize("damping", [0, -0.5, 1.5, math.nan])
 def test_damping_out_of_range(method: type[Solver], damping: float) -> None:
     with pytest.raises(ValueError, match=r"damping must be above 0 and at most 1"):
         method(damping=damping)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("method", [Anderson, Broyden, NewtonKrylov])
+@pytest.mark.parametrize("method", [Anderson, AndersonTypeI, Broyden, NewtonKrylov])
 @pytest.mark.parametrize("memory", [0, -1, 2.5, True])
 def test_memory_out_of_range(method: type[Solver], memory: object) -> None:
     with pytest.raises(ValueError, match=r"memory must be an integer of at least 1"):

@@ -8,12 +8,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqsolvers import Anderson, Broyden, HyperSolver, NewtonKrylov, Picard, Solver, fixed_point
+from deqsolvers import (
+    Anderson,
+    AndersonTypeI,
+    Broyden,
+    HyperSolver,
+    NewtonKrylov,
+    Picard,
+    Solver,
+    fixed_point,
+)
 from deqsolvers.state import Layout
 from tests.deqsolvers.maps import LinearMap, TanhMap, normal
 from tests.problems import convolution_deq, tanh_deq
 
-SOLVERS: list[Solver] = [Picard(), Picard(damping=0.5), Anderson(), Broyden(), NewtonKrylov()]
+SOLVERS: list[Solver] = [
+    Picard(),
+    Picard(damping=0.5),
+    Anderson(),
+    AndersonTypeI(),
+    Broyden(),
+    NewtonKrylov(),
+]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deqsolvers import (
     Anderson,
+    AndersonTypeI,
     Broyden,
     NewtonKrylov,
     Picard,
@@ -19,7 +20,7 @@ from deqsolvers import (
 )
 from tests.problems import breaking, expanding, jumping, solved, symmetric, tanh_deq
 
-SOLVERS: list[Solver] = [Picard(), Anderson(), Broyden(), NewtonKrylov()]
+SOLVERS: list[Solver] = [Picard(), Anderson(), AndersonTypeI(), Broyden(), NewtonKrylov()]
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 

@@ -295,8 +295,8 @@ def test_broyden_solves_n_linear_equations_in_2n_steps(matrix: torch.Tensor) -> 
 
 def test_type_one_starts_again_where_its_system_is_singular() -> None:
     """f(z) = z + S z, S skew, leaves every step orthogonal to its change of the residual."""
-    skew = torch.tensor([[0.0, 2.0], [-2.0, 0.0]], dtype=torch.float64)
-    problem = linear("skew", torch.eye(2).double() + skew, batch=1)
+    matrix = torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    problem = linear("skew", torch.eye(7).double() + matrix - matrix.T, batch=1)
     path = iterates(problem, AndersonTypeI(memory=1), 2)
     plain = problem.f(torch.from_numpy(path[1]), *problem.inputs).numpy()
     np.testing.assert_allclose(path[2], plain, rtol=1e-12)

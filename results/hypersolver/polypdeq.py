@@ -111,7 +111,7 @@ def curves(trained: Trained, pairs: list[Pair], out: Path) -> None:
     def dice(index: int, z: Tensor) -> list[float]:
         scores = []
         for logits, image in zip(model.read_out(z), indices[index], strict=True):
-            truth = scoring.masks[image]
+            truth = scoring.masks[image].bool()
             height, width = truth.shape
             scores.append(score_masks(resize_logits(logits, (height, width))[0] > 0, truth).dice)
         return scores

@@ -5,6 +5,7 @@ import doctest
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def check_command(words: list[str], where: str) -> None:
     program, *arguments = words
     if program in PROJECT["scripts"]:
         module = import_module("polypseg." + program.removeprefix("polypseg-").replace("-", "_"))
-        parse(module._parser(), arguments, where)
+        parse(module.main, arguments, where)
     elif program == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in arguments if "=" not in word} <= set(targets), where
@@ -98,11 +99,30 @@ def check_command(words: list[str], where: str) -> None:
         assert program in ("git", "cd"), where
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str], where: str) -> None:
-    try:
-        options = parser.parse_intermixed_args(arguments)
-    except SystemExit:
-        pytest.fail(f"{where}: the command line is not accepted")
+class Parsed(Exception):
+    """Carries what a command was told, in place of doing it."""
+
+
+def parse(main: Callable[[list[str]], object], arguments: list[str], where: str) -> None:
+    """Let a command read its command line, and stop it there."""
+
+    def stop_after(read: Callable) -> Callable:
+        def reading(parser: argparse.ArgumentParser, *given) -> None:
+            raise Parsed(read(parser, *given))
+
+        return reading
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(
+                argparse.ArgumentParser, name, stop_after(getattr(argparse.ArgumentParser, name))
+            )
+        try:
+            main(arguments)
+        except Parsed as parsed:
+            (options,) = parsed.args
+        except SystemExit:
+            pytest.fail(f"{where}: the command line is not accepted")
     if getattr(options, "set", None):
         make_config({}, options.set)
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -19,6 +19,11 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from polypseg.checkpoint import write_atomic
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _PACKAGES = ("deqsolvers", "torch", "torchvision", "timm", "numpy", "albumentations")
 
@@ -136,6 +141,27 @@ class ResultsCsv:
 def _rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Keep other trainings out of a run directory until the returned file is closed.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (it stays open)
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"{folder}: another training is at work in this run directory; wait for it, or "
+                "choose another directory"
+            ) from None
+    return file
 
 
 class _TqdmHandler(logging.Handler):

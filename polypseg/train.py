@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import shutil
@@ -33,7 +34,7 @@ from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
 from polypseg.models import build_model, load_pretrained
 from polypseg.network_training import train_explicit, train_implicit
-from polypseg.runs import ResultsCsv, setup_log, versions
+from polypseg.runs import ResultsCsv, lock_folder, setup_log, versions
 from polypseg.testsets import audit_test_sets, find_test_sets
 from polypseg.train_arguments import parse
 from polypseg.training_run import PHASES, Run, fields, tensorboard
@@ -58,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     phases = _phases(arguments.phases, config)
     device = choose_device(arguments.device)
     processes, device = join_processes(device)
-    try:
-        run, data = _open_run(arguments, config, device, processes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(leave_processes, processes)
+        run, data = _open_run(arguments, config, device, processes, stack)
         if processes.world > 1 and config.hyper.alternate:
             raise ConfigError("hyper.alternate trains in one process; start it without torchrun")
         for phase in phases:
@@ -71,23 +73,29 @@ def main(argv: list[str] | None = None) -> int:
                 train_implicit(run)
             elif processes.first:  # so small a network is not worth sharing
                 fit_hyper(run)
-    finally:
-        leave_processes(processes)
     if arguments.evaluate and processes.first:
         _evaluate(run, data)
     return 0
 
 
 def _open_run(
-    arguments: argparse.Namespace, config: Config, device: torch.device, processes: Processes
+    arguments: argparse.Namespace,
+    config: Config,
+    device: torch.device,
+    processes: Processes,
+    stack: contextlib.ExitStack,
 ) -> tuple[Run, Path]:
-    """Check all that was given, then make or reopen the run directory; also returns the data."""
+    """Check all that was given, then make or reopen the run directory; also returns the data.
+
+    The run directory stays locked until ``stack`` is left.
+    """
     folder: Path = arguments.run
     if processes.first:
         data = _data(arguments)
         # Whatever is wrong is an error before anything is written.
         _refuse_bad_input(data, arguments.encoder_weights, config, tested=arguments.evaluate)
         folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock_folder(folder))
         log = setup_log(folder / "train.log")
         write_atomic(folder / "config.yaml", config.to_yaml().encode())
         write_atomic(folder / "versions.json", json.dumps(versions(), indent=2).encode())

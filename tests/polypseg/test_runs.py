@@ -116,6 +116,15 @@ def test_a_table_with_other_columns_is_not_touched(tmp_path):
         ResultsCsv(path, ["phase", "loss"])
 
 
+def test_a_run_directory_serves_one_training_at_a_time(tmp_path):
+    with (
+        runs.lock_folder(tmp_path),
+        pytest.raises(ValueError, match="another training is at work in this run directory"),
+    ):
+        runs.lock_folder(tmp_path)
+    runs.lock_folder(tmp_path).close()
+
+
 def test_a_row_with_an_unknown_column_is_refused(tmp_path):
     results = ResultsCsv(tmp_path / "results.csv", FIELDS)
     with pytest.raises(ValueError, match="val_iou"):

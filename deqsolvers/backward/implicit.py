@@ -29,8 +29,10 @@ class Implicit(Backward):
     (Bai, Kolter & Koltun 2019, theorem 1). Memory does not depend on the number of forward steps.
     The pass may be repeated (``retain_graph``), interleaved with other solves, and differentiated
     again, to any order. With ``create_graph`` gradients reach the inputs and the leaf tensors
-    (parameters) that f depends on; a computed tensor in f's closure must then be passed as input,
-    if its own gradient is wanted; where torch can tell, its absence is an error.
+    (parameters) that f depends on. A computed tensor in f's closure must then be passed as input if
+    its own gradient is wanted. That is an error where torch can tell; it cannot where one pass asks
+    for the gradients of both that tensor and something it was computed from, and the former is
+    then too small. Third and higher derivatives are taken with respect to leaf tensors only.
 
     Under torch.func (grad, vjp, jvp, jacrev, jacfwd, vmap of these) and forward-mode
     differentiation it gives first derivatives; a second one is an error that names the way out.
@@ -94,7 +96,16 @@ class Implicit(Backward):
         if not variables and not closure:
             return fixed  # f depends on nothing that needs a gradient
         return _ImplicitGradient.apply(
-            self, f, solution, len(variables), fixed, leaf, recorded, *variables, *closure
+            self,
+            f,
+            solution,
+            len(variables),
+            tuple(alias.grad_fn for alias in aliases),
+            fixed,
+            leaf,
+            recorded,
+            *variables,
+            *closure,
         )
 
     def adjoint(
@@ -140,12 +151,14 @@ class _ImplicitGradient(torch.autograd.Function):
         f: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
         solution: Solution | None,
         count: int,
+        aliases: tuple[Any, ...],
         fixed: Tensor,
         leaf: Tensor,
         recorded: Tensor,
         *sources: Tensor,
     ) -> Tensor:
-        ctx.method, ctx.f, ctx.solution, ctx.count = method, f, solution, count
+        ctx.method, ctx.f, ctx.solution = method, f, solution
+        ctx.count, ctx.aliases = count, aliases
         ctx.set_materialize_grads(False)
         out = fixed.clone()
         ctx.save_for_backward(out, leaf, recorded, *sources)
@@ -155,14 +168,14 @@ class _ImplicitGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (v,) = grads
         out, leaf, recorded, *sources = ctx.saved_tensors
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         if v is None:  # a closed gate stands between this pass and the output
             return (*nothing, None, *(None for _ in sources))
         if not torch.is_grad_enabled():
             u = ctx.method.adjoint(lambda u: _vjp(recorded, leaf, u), v, ctx.solution)
             return (*nothing, u, *(None for _ in sources))
 
-        _refuse_computed_targets(recorded)
+        _refuse_computed_targets(recorded, ctx.aliases)
         gate = _Gate()
         z = gate(out)
         variables = tuple(gate(source) for source in sources[: ctx.count])
@@ -221,32 +234,34 @@ def _closure_leaves(root: Tensor, known: tuple[Tensor, ...]) -> list[Tensor]:
     return found
 
 
-def _refuse_computed_targets(root: Tensor) -> None:
+def _refuse_computed_targets(root: Tensor, aliases: tuple[Any, ...]) -> None:
     """RuntimeError if this pass asks for the gradient of a computed tensor in f's closure.
 
-    It is where the pass ends without having come to a leaf. Its gradient would be too small, for
-    what f depends on through it is returned to the leaves. Next to a leaf torch cannot tell.
+    It is where the pass ends without having come to a leaf or to an input's alias. Its gradient
+    would be too small, for what f depends on through it is returned to the leaves.
     """
-    seen: set[Any] = set()
+    seen: set[Any] = set(aliases)
     waiting = [root.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or not torch._C._will_engine_execute_node(node):
+        if node is None or node in seen or not _runs(node):
             continue
         seen.add(node)
-        known = [parent for parent, _ in node.next_functions if parent is not None]
-        parents = [parent for parent in known if not hasattr(parent, "variable")]
-        beside_leaf = len(parents) < len(known)
-        if (
-            parents
-            and not beside_leaf
-            and not any(map(torch._C._will_engine_execute_node, parents))
-        ):
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if parents and not any(map(_runs, parents)):
             raise RuntimeError(
                 "with create_graph=True the gradient of a computed tensor that f closes over is "
                 "not known; pass that tensor to the DEQ as an input of f"
             )
         waiting.extend(parents)
+
+
+def _runs(node: Any) -> bool:
+    """Whether the backward pass that is under way comes to ``node``."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch's answer for a leaf whose gradient autograd.grad was asked for
+        return True
 
 
 def _vjp(fz: Tensor, z: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:

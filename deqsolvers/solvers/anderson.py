@@ -168,4 +168,6 @@ class Anderson(Solver):
 
 def _solved(info: Tensor, gamma: Tensor) -> bool:
     """Whether every system was solved, asked in two looks at device memory."""
-    return not info.any() and math.isfinite(gamma.sum())  # a sum is finite only if all terms are
+    return not info.any() and math.isfinite(
+        gamma.detach().sum()
+    )  # a sum is finite only if all terms are

@@ -111,12 +111,18 @@ def test_gradient_penalty_trains_the_parameters_of_a_module() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
 
 
+COMPUTED = [lambda source: 2 * source, lambda source: (2 * source).sin()]
+
+
+@pytest.mark.parametrize("compute", COMPUTED, ids=["beside a leaf", "further away"])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_gradient_of_a_computed_tensor_in_the_closure(create_graph: bool) -> None:
+def test_gradient_of_a_computed_tensor_in_the_closure(
+    create_graph: bool, compute: Callable[[Tensor], Tensor]
+) -> None:
     """Features from an encoder that f closes over are no leaves, and still have a gradient."""
     weight = small_variables()[1].detach()
     source = normal(2, 3).requires_grad_()
-    features = (2 * source).sin()
+    features = compute(source)
 
     def f(z: Tensor) -> Tensor:
         return torch.tanh(z @ weight.T + features)
@@ -132,3 +138,18 @@ def test_gradient_of_a_computed_tensor_in_the_closure(create_graph: bool) -> Non
         )
         (expected,) = torch.autograd.grad(reference.sum(), target, retain_graph=True)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("compute", COMPUTED, ids=["beside a leaf", "further away"])
+def test_gradient_penalty_on_a_computed_input(compute: Callable[[Tensor], Tensor]) -> None:
+    f, source = TanhMap(5, norm=0.7), normal(3, 5, seed=7).requires_grad_()
+    results = []
+    for kind in ("implicit", "unrolled"):
+        x = compute(source)
+        z = exact(f)(x)[0] if kind == "implicit" else unrolled(f, torch.zeros_like(x), x)
+        for targets in ([x], [x, source]):
+            slopes = torch.autograd.grad(z.square().sum(), targets, create_graph=True)
+            penalty = sum(slope.square().sum() for slope in slopes)
+            second = torch.autograd.grad(penalty, [x, source, *f.parameters()], retain_graph=True)
+            results.append([*slopes, *second])
+    torch.testing.assert_close(results[:2], results[2:], rtol=1e-7, atol=1e-9)

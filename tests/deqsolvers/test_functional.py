@@ -78,6 +78,36 @@ def test_jacobian_vector_products_in_both_forms(recording: bool) -> None:
     torch.testing.assert_close(also, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("solver", [Anderson(memory=8), AndersonTypeI(memory=8), Broyden(30)])
+def test_gradcheck_of_forward_and_reverse_mode(solver: Solver) -> None:
+    """Finite differences against jvp, and against the vjp of torch.func in place of autograd's."""
+    deq = exact(TanhMap(3, norm=0.8), solver)
+    names = [name for name, _ in deq.named_parameters()]
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return functional_call(deq, dict(zip(names, weights, strict=True)), (x,))[0]
+
+    class ByFunc(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Tensor) -> Tensor:
+            ctx.save_for_backward(*args)
+            return call(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+            pulled: tuple[Tensor, ...] = vjp(call, *(t.detach() for t in ctx.saved_tensors))[1](
+                grads[0]
+            )
+            return pulled
+
+    args = (
+        X[:2, :3].clone().requires_grad_(),
+        *(p.detach().requires_grad_() for p in deq.parameters()),
+    )
+    assert torch.autograd.gradcheck(call, args, check_forward_ad=True)
+    assert torch.autograd.gradcheck(ByFunc.apply, args)
+
+
 def test_a_complex_state_has_tangents() -> None:
     matrix = 0.5 * torch.complex(normal(4, 4), normal(4, 4, seed=1)) / 4
     b = torch.complex(normal(2, 4, seed=2), normal(2, 4, seed=3))

@@ -73,7 +73,7 @@ class Progress:
         if self.options.tol is not None:
             fine &= residual > self.options.tol
             fine &= residual < _STALL_FACTOR * self._mark
-        if not bool(fine.all()):
+        if not torch.equal(fine, self.running):  # which are all true here
             return None
         self.best_z, self._best_size, self.best_residual = z, size, residual
         self._mark = residual

@@ -133,6 +133,8 @@ class Layout:
                 leaves.append(torch.view_as_complex(pairs.contiguous()))
             else:
                 leaves.append(column.reshape(rows, *shape).to(dtype))
+        if self.structure.is_leaf():  # the common case
+            return leaves[0]
         return pytree.tree_unflatten(leaves, self.structure)
 
     def check(self, state: Any, rows: int) -> None:

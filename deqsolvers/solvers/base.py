@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqsolvers.buffers import uninitialised
 from deqsolvers.modes import may_overwrite
 from deqsolvers.state import Layout
 
@@ -61,7 +62,7 @@ class History:
     def __init__(self, size: int, like: Tensor):
         self.size = size
         self.pushed = 0
-        self.buffer = like.new_empty(size, *like.shape)
+        self.buffer = uninitialised(like, (size, *like.shape))
 
     @property
     def filled(self) -> int:
@@ -92,6 +93,13 @@ class History:
         else:
             self.buffer[self.slot].copy_(value)
         self.pushed += 1
+
+    def room(self) -> Tensor | None:
+        """Where the next push writes, for ``out=``; None where a push makes a new buffer.
+
+        A push of what was written there copies nothing.
+        """
+        return self.buffer[self.slot] if may_overwrite() else None
 
     def push_difference(self, new: Tensor, old: Tensor) -> None:
         """Write ``new - old`` over the oldest entry, without a temporary."""

@@ -74,7 +74,7 @@ class Broyden(Solver):
         if memory.steps.filled == self._slots:
             # The last step goes too: H is -I again, and this step is the first of a new product.
             self._clear(memory)
-        step = memory.buffers.like(g)
+        step = memory.steps.room()
         if memory.steps.filled == 0 or moved is None:
             step = torch.mul(g, self.damping, out=step)
             products = step.new_zeros(len(step), 0, dtype=torch.float64)
@@ -130,7 +130,8 @@ class Broyden(Solver):
         held = ~moved.unsqueeze(1)
         share, weights = torch.where(held, 0.0, share), torch.where(held, 0.0, weights)
         self._add_factor(memory, k, usable & moved, reset, length)
-        plain = torch.mul(g, share.to(g.dtype), out=memory.buffers.like(g))
+        # In its place in the history, which spares a copy for the sum and another for the push.
+        plain = torch.mul(g, share.to(g.dtype), out=out)
         step = memory.steps.add_to(plain, weights.to(g.dtype), out)
         return step, share * c + (gram * weights.unsqueeze(1)).sum(2)
 

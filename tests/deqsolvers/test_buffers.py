@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqsolvers import Anderson, Broyden, Picard, Solver, fixed_point
+from deqsolvers import Anderson, Broyden, Picard, Solver, buffers, fixed_point
 from deqsolvers.solvers import History
 from tests.deqsolvers.maps import normal
 
@@ -65,6 +65,34 @@ def test_two_solutions_do_not_share_memory() -> None:
     before = first.clone()
     solve(SOLVERS["anderson"])
     torch.testing.assert_close(first, before, rtol=0, atol=0)
+
+
+def test_without_torch_s_count_of_owners_nothing_is_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = solve(SOLVERS["anderson"])
+    monkeypatch.setattr(buffers, "_COUNTS", False)
+    assert buffers.Buffers().like(torch.empty(2, WIDE)) is None
+    torch.testing.assert_close(solve(SOLVERS["anderson"]), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("huge", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_memory_holds_what_is_written_to_it(
+    huge: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not huge:
+        monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
+    like = torch.empty(3, dtype=dtype)
+    tensors = [buffers.uninitialised(like, (3, 500_001)) for _ in range(3)]
+    for value, tensor in enumerate(tensors):
+        tensor.fill_(value)
+    views = [tensor[1:, 1:] for tensor in tensors]
+    del tensors, tensor
+    for value, view in enumerate(views):
+        assert view.dtype == dtype
+        assert view.shape == (2, 500_000)
+        assert bool((view == value).all())
 
 
 @pytest.mark.usefixtures("four_threads")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,9 +9,6 @@ from deqsolvers.modes import may_overwrite
 
 # From this size on malloc maps fresh pages, and the faults cost as much as several passes.
 _LARGE = 128 * 1024
-# From this size on huge pages, where the system has them, save most of the faults.
-_HUGE = 4 * 1024 * 1024
-_HUGE_PAGE = 2 * 1024 * 1024
 # Not public, though torch itself rests on it; without it no memory is used again.
 _COUNTS = hasattr(torch._C, "_storage_Use_Count")
 
@@ -41,27 +34,9 @@ class Buffers:
         for tensor, unused in self._own:
             if _owners(tensor) == unused:
                 return tensor.detach()
-        tensor = uninitialised(x, x.shape)
+        tensor = torch.empty_like(x)
         self._own.append((tensor, _owners(tensor)))
         return tensor.detach()
-
-
-def uninitialised(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An empty tensor (shape) of the dtype and device of ``like``, in huge pages if it is large."""
-    size = math.prod(shape) * like.element_size()
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
-    if size < _HUGE or advice is None or type(like) is not Tensor or not like.is_cpu:
-        return like.new_empty(shape)
-    if not may_overwrite():
-        return like.new_empty(shape)
-    try:
-        pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(advice)
-    except OSError:  # a kernel without them, or no room for the slack
-        return like.new_empty(shape)
-    whole = torch.frombuffer(pages, dtype=torch.uint8)  # which owns the pages from here on
-    start = -whole.data_ptr() % _HUGE_PAGE
-    return whole[start : start + size].view(like.dtype).view(tuple(shape))
 
 
 def _owners(x: Tensor) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqsolvers.buffers import uninitialised
 from deqsolvers.modes import may_overwrite
 from deqsolvers.state import Layout
 
@@ -62,7 +61,7 @@ class History:
     def __init__(self, size: int, like: Tensor):
         self.size = size
         self.pushed = 0
-        self.buffer = uninitialised(like, (size, *like.shape))
+        self.buffer = like.new_empty(size, *like.shape)
 
     @property
     def filled(self) -> int:

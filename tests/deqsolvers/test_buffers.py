@@ -76,25 +76,6 @@ def test_without_torch_s_count_of_owners_nothing_is_used_again(
     torch.testing.assert_close(solve(SOLVERS["anderson"]), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("huge", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_memory_holds_what_is_written_to_it(
-    huge: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not huge:
-        monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
-    like = torch.empty(3, dtype=dtype)
-    tensors = [buffers.uninitialised(like, (3, 500_001)) for _ in range(3)]
-    for value, tensor in enumerate(tensors):
-        tensor.fill_(value)
-    views = [tensor[1:, 1:] for tensor in tensors]
-    del tensors, tensor
-    for value, view in enumerate(views):
-        assert view.dtype == dtype
-        assert view.shape == (2, 500_000)
-        assert bool((view == value).all())
-
-
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_history_of_cut_rows_gives_the_same_products(batch: int) -> None:

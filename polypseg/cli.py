@@ -12,6 +12,9 @@ from importlib import import_module
 
 INTERRUPTED = 130
 
+# The extras of the commands that need more than "polypseg".
+_EXTRAS = {"export": "polypseg,export", "demo": "demo"}
+
 
 def train(argv: Sequence[str] | None = None) -> int:
     """`polypseg-train`: train a network into a run directory."""
@@ -43,6 +46,11 @@ def export(argv: Sequence[str] | None = None) -> int:
     return _run("export", "no file was written", argv)
 
 
+def demo(argv: Sequence[str] | None = None) -> int:
+    """`polypseg-demo`: a web page that segments an image dropped into it."""
+    return _run("demo", "the page is closed", argv)
+
+
 def _run(name: str, on_interrupt: str, argv: Sequence[str] | None) -> int:
     program = f"polypseg-{name}"
     try:
@@ -51,7 +59,7 @@ def _run(name: str, on_interrupt: str, argv: Sequence[str] | None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("polypseg", "deqsolvers"):
             raise  # a fault of this installation that no extra cures
-        extras = "polypseg,export" if name == "export" else "polypseg"
+        extras = _EXTRAS.get(name, "polypseg")
         _tell(
             f'polypseg needs its extra packages: pip install "deqsolvers[{extras}]" '
             f"({package} is missing)"

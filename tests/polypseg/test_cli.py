@@ -18,6 +18,7 @@ COMMANDS = {
     "check": cli.check,
     "compare": cli.compare,
     "export": cli.export,
+    "demo": cli.demo,
 }
 
 

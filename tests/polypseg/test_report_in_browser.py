@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -11,10 +10,8 @@ from PIL import Image
 
 from polypseg.evaluate import evaluate_run, report_evaluation
 from polypseg.testsets import find_test_sets
+from tests.polypseg.browser import BROWSER
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 # Writes what loaded into the page, where --dump-dom shows it.
 PROBE = """<script>addEventListener("load", () => {
   const images = [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth]);

@@ -1,5 +1,6 @@
 """Gradients under DistributedDataParallel: two processes give those of one."""
 
+import gc
 import socket
 from pathlib import Path
 
@@ -42,6 +43,10 @@ def work(rank: int, port: int, out: str) -> None:
     model(samples()[3 * rank : 3 * rank + 3]).square().mean().backward()
     if rank == 0:
         torch.save(gradients(model), out)
+    # A process that leaves while the other still talks to it makes that one abort.
+    del model
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """Training in two processes: the gradients and batch statistics of one."""
 
+import gc
 import socket
 from pathlib import Path
 
@@ -53,6 +54,10 @@ def work(rank: int, port: int, out: str) -> None:
         found.append(result(model, slice(half * rank, half * rank + half), solves))
     if rank == 0:
         torch.save(found, out)
+    # A process that leaves while the other still talks to it makes that one abort.
+    del model, single
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

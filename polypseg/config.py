@@ -18,6 +18,7 @@ ENCODERS = ("b0", "b1", "b2", "b3", "b4", "b5")
 SEGFORMERS = tuple(f"segformer-{size}" for size in ENCODERS)  # these have an explicit phase only
 MODELS = ("polypdeq-add", "polypdeq-res", "mdeq", *SEGFORMERS)
 CLASSES = (1, 3)
+TRAIN_ON = ("split", "all")
 PRECISIONS = ("fp32", "bf16", "fp16")
 INITIALIZERS = ("convolution", "deep")
 CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
@@ -38,6 +39,7 @@ class ModelConfig:
 class DataConfig:
     size: int
     scales: tuple[float, ...]
+    train_on: str
     workers: int
 
 
@@ -277,6 +279,7 @@ def _out_of_range(config: Config) -> list[str]:
     one_of("model.name", config.model.name, MODELS)
     one_of("model.encoder", config.model.encoder, ENCODERS)
     check(config.model.classes in CLASSES, "model.classes", config.model.classes, "1 or 3")
+    one_of("data.train_on", config.data.train_on, TRAIN_ON)
     one_of("explicit.precision", config.explicit.precision, PRECISIONS)
     one_of("implicit.precision", config.implicit.precision, PRECISIONS)
     one_of("implicit.solver", config.implicit.solver, CLASSIC_SOLVERS)

@@ -80,7 +80,11 @@ def segmentation_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _border_weight(mask: torch.Tensor) -> torch.Tensor:
-    local_mean = functional.avg_pool2d(mask, WINDOW, stride=1, padding=WINDOW // 2)
+    # A mean over rows, then over columns: 62 additions a pixel instead of 961. In one piece it took
+    # a quarter of a training step on a CPU.
+    half = WINDOW // 2
+    rows = functional.avg_pool2d(mask, (1, WINDOW), stride=1, padding=(0, half))
+    local_mean = functional.avg_pool2d(rows, (WINDOW, 1), stride=1, padding=(half, 0))
     return 1 + EDGE_WEIGHT * (local_mean - mask).abs()
 
 

@@ -107,6 +107,8 @@ def _open_run(
         log.setLevel(logging.CRITICAL)
         results = ResultsCsv(folder / "results.csv", fields(config))
     split = split_for(data, config.seed)
+    if config.data.train_on == "all":
+        split = split.with_validation_in_training()
     log.info(
         "%d training and %d validation images of %s (%s); device %s, %d processes, %d threads",
         *(len(split.train), len(split.val), data, split.rule),
@@ -126,6 +128,9 @@ def _evaluate(run: Run, data: Path) -> None:
         sets = find_test_sets([data])
     elif run.split.test:
         sets = {data.resolve().name: run.split.test}
+    elif run.config.data.train_on == "all":
+        run.log.info("not evaluated: data.train_on=all leaves no image that it has not seen")
+        return
     else:
         sets = {"validation": run.split.val}
     command = f"polypseg-train {run.folder}"

@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -44,6 +44,11 @@ class Split:
     val: list[Pair]
     rule: str
     test: list[Pair] = field(default_factory=list)
+
+    def with_validation_in_training(self) -> Split:
+        """The same, but the validation pairs train too: for a last training, with all data."""
+        train = sorted([*self.train, *self.val], key=lambda pair: natural_key(pair.stem))
+        return replace(self, train=train, rule=f"{self.rule}, which trains too")
 
 
 def split_for(root: Path, seed: int = 0) -> Split:

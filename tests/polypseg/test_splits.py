@@ -1,6 +1,7 @@
 """Splits are reproducible, complete, and keep whole video sequences together."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_no_validation_image_is_a_test_image(real_data: Path) -> None:
     validation = set(splits.published_validation_stems())
     for folder in splits.test_folders(real_data).values():
         assert not validation & {pair.stem for pair in find_pairs(folder)}
+
+
+def test_the_last_training_gets_the_validation_images_too(
+    write_pairs: Callable[..., Path],
+) -> None:
+    root = write_pairs([f"s{i}" for i in range(12)])
+    split = splits.split_for(root, seed=1)
+    whole = split.with_validation_in_training()
+    assert [pair.stem for pair in whole.train] == [pair.stem for pair in find_pairs(root)]
+    assert whole.val == split.val
+    assert split.val
+    assert whole.rule != split.rule
 
 
 def test_published_split_refuses_any_other_set(real_data: Path) -> None:

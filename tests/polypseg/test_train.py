@@ -153,6 +153,17 @@ def test_bad_data_is_named_all_at_once_and_nothing_is_written(data: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_training_on_all_images_has_none_left_to_evaluate_on(data: Path, tmp_path: Path) -> None:
+    folder = data / "TrainDataset"
+    once = ["explicit.epochs=1", "data.train_on=all"]
+    arguments = [str(tmp_path / "run"), "--data", str(folder), "--phases", "explicit"]
+    assert main([*arguments, *TINY, *once]) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "48 training and 5 validation images" in log
+    assert "not evaluated" in log
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
 def test_wrong_encoder_weights_stop_before_anything_is_written(data: Path, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"nonsense")
     weights = ["--encoder-weights", str(tmp_path / "w.safetensors")]

@@ -260,5 +260,6 @@ def _validate(run: Run, model: SegmentationModel, solves: bool) -> dict[str, flo
         model.deq = training.with_solver(anderson, tol=solve.tol, max_steps=solve.max_steps)
         scores = run.validation.measure(model, run.device)
         scores["dice_one_step"] = one_step
+        scores["spectral_radius"] = run.validation.spectral_radius(model, run.device)
         model.deq = training
     return {f"val_{key}": value for key, value in scores.items()}

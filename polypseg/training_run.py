@@ -35,6 +35,7 @@ FIELDS = [
     "val_residual",
     "val_converged",
     "val_evaluations",
+    "val_spectral_radius",
     "distance_start",
     "distance_end",
 ]

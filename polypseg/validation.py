@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from deqsolvers import spectral_radius
 from polypseg.data import CLASS_NAMES, Pair, PolypDataset, batches, read_mask
 from polypseg.metrics import resize_logits, score_masks
-from polypseg.models import Prediction
+from polypseg.models import ImplicitModel, Prediction
 
 CONVERGED = 1e-3  # the residual that counts as converged in the tables
+RADIUS_IMAGES = 8  # for the spectral radius, which costs 30 backward passes of f
 
 
 class Validation:
@@ -58,6 +60,19 @@ class Validation:
             scores["converged"] = (residual <= CONVERGED).float().mean().item()
             scores["evaluations"] = torch.cat(evaluations).float().mean().item()
         return scores
+
+    def spectral_radius(self, model: ImplicitModel, device: torch.device) -> float:
+        """Mean spectral radius of df/dz at z* over a few of the pairs, from all over the list.
+
+        Near 1, classic solvers need many evaluations; above, they may find no fixed point.
+        """
+        chosen = range(0, len(self.dataset), max(1, len(self.dataset) // RADIUS_IMAGES))
+        images = torch.stack([self.dataset[index]["image"] for index in chosen[:RADIUS_IMAGES]])
+        with torch.no_grad():
+            e = model.features(images.to(device))
+            z = model.deq.solve(e, z0=model.zero_state(e)).z
+        generator = torch.Generator(device).manual_seed(0)
+        return float(spectral_radius(model.deq.f, z, (e,), generator=generator).mean())
 
 
 def score(logits: Tensor, truth: Tensor) -> dict[str, float]:

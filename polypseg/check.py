@@ -87,6 +87,7 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     duplicates = find_duplicates(
         {name: [one.fingerprint for one in group] for name, group in inspections.items()}
     )
+    duplicates.sort(key=lambda found: not across(found))  # stable: those that matter come first
     faults += [_duplicate_fault(found, inspections) for found in duplicates]
     return Check(folders, inspections, faults, duplicates)
 
@@ -101,26 +102,26 @@ def _groups(root: Path) -> dict[str, Path]:
     return found or {root.resolve().name: root}
 
 
-def _is_train(group: str) -> bool:
-    return group == TRAIN
+def across(found: Duplicate) -> bool:
+    """Whether one of the two is a training and the other a test image."""
+    return (found.first[0] == TRAIN) != (found.second[0] == TRAIN)
 
 
 def _duplicate_fault(found: Duplicate, inspections: dict[str, list[Inspection]]) -> Fault:
     (group, index), (other_group, other_index) = found.first, found.second
     first, second = inspections[group][index].pair, inspections[other_group][other_index].pair
-    across = _is_train(group) != _is_train(other_group)
     likeness = (
         "has the same pixels as"
         if found.kind == "exact"
         else f"looks nearly the same ({1 - found.distance:.0%} of its hash) as"
     )
     problem = f"{likeness} {second.image}"
-    if across:
+    if across(found):
         problem += ", one being a training and one a test image"
         remedy = "take one of them out of its set, or say so beside every figure"
     else:
         remedy = "keep one of them, unless both are meant to count"
-    error = across and found.kind == "exact"
+    error = across(found) and found.kind == "exact"
     return Fault(first.image, problem, remedy, "error" if error else "warning")
 
 
@@ -148,7 +149,7 @@ def as_json(check: Check) -> dict[str, Any]:
             {
                 "kind": found.kind,
                 "distance": found.distance,
-                "across_train_and_test": _is_train(found.first[0]) != _is_train(found.second[0]),
+                "across_train_and_test": across(found),
                 "files": [
                     str(check.inspections[group][index].pair.image)
                     for group, index in (found.first, found.second)
@@ -190,6 +191,15 @@ def as_text(check: Check) -> str:
         if known["polyp_share_median"] is not None:
             text += f", polyp on {known['polyp_share_median']:.1%} of an image (median)"
         lines.append(text)
+    if check.duplicates:
+        tested = {
+            place for found in check.duplicates if across(found)
+            for place in (found.first, found.second) if place[0] != TRAIN
+        }  # fmt: skip
+        lines.append(
+            f"{len(check.duplicates)} pairs of images are the same or nearly so; {len(tested)} test "
+            "images have a twin among the training images"
+        )
     warnings = len(check.faults) - check.errors
     lines.append(f"{check.errors} errors, {warnings} warnings")
     return "\n".join(lines)

@@ -82,6 +82,13 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete what writers that were killed have left in a folder; nobody else may write there."""
+    for pattern in (".*.tmp", ".*.partial"):  # of this module; of deqsolvers
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a state dict and its metadata as one safetensors file, atomically.
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from polypseg.alternating import alternating_solver
-from polypseg.checkpoint import LAST, CheckpointError, load_into, load_latest, save_state
+from polypseg.checkpoint import LAST, PREVIOUS, CheckpointError, load_into, load_latest, save_state
 from polypseg.config import ConfigError, ImplicitConfig, PhaseConfig
 from polypseg.data import batches
 from polypseg.distributed import share_batch_statistics
@@ -231,7 +231,8 @@ def _batch_size(run: Run, phase: str, settings: PhaseConfig, images: int) -> int
 
 def _resume(run: Run, phase: str, parties: dict[str, Any]) -> int:
     """Set everything to the last checkpoint of this phase; the number of epochs that are over."""
-    if not (run.folder / LAST).exists():
+    # A kill between the two renames of a checkpoint leaves the previous one alone.
+    if not any((run.folder / name).exists() for name in (LAST, PREVIOUS)):
         return 0
     state = load_latest(run.folder)
     if state.get("phase") != phase:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from polypseg.checkpoint import CheckpointError, write_atomic
+from polypseg.checkpoint import CheckpointError, remove_unfinished, write_atomic
 from polypseg.config import (
     SEGFORMERS,
     Config,
@@ -96,6 +96,7 @@ def _open_run(
         _refuse_bad_input(data, arguments.encoder_weights, config, tested=arguments.evaluate)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock_folder(folder))
+        remove_unfinished(folder)
         log = setup_log(folder / "train.log")
         write_atomic(folder / "config.yaml", config.to_yaml().encode())
         write_atomic(folder / "versions.json", json.dumps(versions(), indent=2).encode())

@@ -90,7 +90,8 @@ def fit_hypersolver(
         seed: of the order of a list.
         progress: show a bar (with tqdm installed) or a line an epoch, on standard error.
         on_batch: called with the number of updates so far and the loss.
-        on_epoch: called with each `FitEpoch` as it ends.
+        on_epoch: called with each `FitEpoch` as it ends, before ``resume`` is written: a fit that
+            is killed in between calls it again with the same epoch rather than never.
 
     Returns:
         One `FitEpoch` an epoch, those of a resumed fit included.
@@ -170,10 +171,10 @@ def fit_hypersolver(
                 skipped / seen,
             )
             hyper.fitted_on = _fitted_on(deq, target, seen - skipped, epoch, record)
-            fit.add(record)
             bar.epoch(record)
             if on_epoch is not None:
                 on_epoch(record)
+            fit.add(record)
     finally:
         bar.close()
         for module, training in modes.items():

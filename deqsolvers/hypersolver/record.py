@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from deqsolvers.hypersolver.losses import convergence
 from deqsolvers.hypersolver.targets import write_whole
-from deqsolvers.solvers.hyper import HyperSolver
+from deqsolvers.solvers.hyper import FittedOn, HyperSolver
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class FitState:
         self.settings = settings
         if self.file is None or not self.file.exists():
             return
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"resume: {self.file} is damaged or no file of a fit; delete it to start again"
+            ) from error
         if state["settings"] != settings:
             raise ValueError(
                 f"resume: {self.file} holds a fit with {state['settings']}, this one has "
@@ -57,6 +63,8 @@ class FitState:
         self.hyper.load_state_dict(state["hyper"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best = state["best"]
+        fitted = state["fitted_on"]
+        self.hyper.fitted_on = None if fitted is None else FittedOn.from_record(fitted)
         for record in state["history"]:
             lists = {key: tuple(record[key]) for key in ("distances", "worst")}
             self.history.append(FitEpoch(**{**record, **lists}))
@@ -71,6 +79,7 @@ class FitState:
                 "hyper": self.hyper.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best": self.best,
+                "fitted_on": self.hyper.fitted_on and asdict(self.hyper.fitted_on),
                 "history": [asdict(each) for each in self.history],
             }
             self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def load_hypersolver(path: str | Path, *, into: HyperSolver | None = None) -> Hy
         raise ValueError(f"{path}: {error}; nothing was loaded") from None
     hyper.load_state_dict(tensors)
     fitted = record["fitted_on"]
-    hyper.fitted_on = None if fitted is None else _fitted_on(fitted)
+    hyper.fitted_on = None if fitted is None else FittedOn.from_record(fitted)
     return hyper.eval()
 
 
@@ -133,11 +133,6 @@ def _check_fit(hyper: HyperSolver, tensors: dict[str, Any]) -> None:
             f"the weights do not fit the HyperSolver; {len(wrong)} are missing, unknown or of "
             f"another shape: {', '.join(wrong[:5])}"
         )
-
-
-def _fitted_on(record: dict[str, Any]) -> FittedOn:
-    state = tuple(tuple(shape) for shape in record["state"])
-    return FittedOn(**{**record, "state": state, "distances": tuple(record["distances"])})
 
 
 def _safetensors() -> Any:

@@ -130,7 +130,10 @@ def write_whole(path: Path, content: Any) -> None:
     """`torch.save` that leaves the old file or the new one, whatever interrupts it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        torch.save(content, partial)
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

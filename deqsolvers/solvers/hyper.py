@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,12 @@ class FittedOn:
     epochs: int
     steps: int
     distances: tuple[float, ...]
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FittedOn:
+        """Undo `dataclasses.asdict`, also where a file has turned tuples into lists."""
+        state = tuple(tuple(shape) for shape in record["state"])
+        return cls(**{**record, "state": state, "distances": tuple(record["distances"])})
 
     def __str__(self) -> str:
         shapes = ", ".join(str(shape) for shape in self.state)

@@ -146,8 +146,11 @@ def test_a_resumed_fit_repeats_the_uninterrupted_one(stop_at: int, tmp_path: Pat
     whole = small()
     expected = fit_hypersolver(whole, DEQ(Counting()), inputs_of(4), **options)
 
+    seen: list[int] = []
+
     def interrupt(epoch: FitEpoch) -> None:
-        if epoch.epoch == stop_at:
+        seen.append(epoch.epoch)
+        if epoch.epoch == stop_at + 1:
             raise KeyboardInterrupt
 
     state = tmp_path / "fit.pt"
@@ -157,14 +160,30 @@ def test_a_resumed_fit_repeats_the_uninterrupted_one(stop_at: int, tmp_path: Pat
         )
     resumed = small()
     torch.nn.init.normal_(resumed.network.read.weight)  # type: ignore[union-attr, arg-type]
-    found = fit_hypersolver(resumed, DEQ(Counting()), inputs_of(4), **options, resume=state)
+    found = fit_hypersolver(
+        resumed,
+        DEQ(Counting()),
+        inputs_of(4),
+        **options,
+        resume=state,
+        on_epoch=lambda epoch: seen.append(epoch.epoch),
+    )
     assert found == expected
+    # The epoch that was lost is told again, and none is left out.
+    assert sorted(set(seen)) == [1, 2, 3, 4]
+    assert seen.count(stop_at + 1) == 2
+    finished = small()  # killed after the last epoch, nothing is left to do
+    fit_hypersolver(finished, DEQ(Counting()), inputs_of(4), **options, resume=state)
+    assert finished.fitted_on == whole.fitted_on
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     with pytest.raises(ValueError, match=r"fit\.pt holds a fit with"):
         fit_hypersolver(
             small(), DEQ(Counting()), inputs_of(4), **{**options, "steps": 2}, resume=state
         )
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"fit\.pt is damaged .* delete it"):
+        fit_hypersolver(small(), DEQ(Counting()), inputs_of(4), **options, resume=state)
 
 
 def test_batches_by_epoch() -> None:

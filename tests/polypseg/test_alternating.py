@@ -121,7 +121,7 @@ def _interrupt_second() -> Any:
 
     def report(self: Run, row: dict[str, Any]) -> None:
         original(self, row)
-        if row["epoch"] == 1:
+        if row["epoch"] == 2:
             raise KeyboardInterrupt
 
     return report

@@ -1,0 +1,148 @@
+"""The tables of all evaluated runs beside the paper's: ``python results/tables.py``.
+
+Reads ``*/evaluation/summary.csv`` and ``*/results.csv`` beside this file and writes ``tables.md``.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+from polypseg.paper import NEOPOLYP, SETS, TABLE_2, TABLE_3, TARGETS
+from polypseg.protocols import PROTOCOLS
+
+HERE = Path(__file__).parent
+SOLVERS = ("explicit", "picard", "broyden", "anderson", "hyper")
+Row = dict[str, str]
+
+
+def main() -> None:
+    runs = sorted(path.parent.parent for path in HERE.glob("*/evaluation/summary.csv"))
+    rows = {run.name: _read(run / "evaluation" / "summary.csv") for run in runs}
+    both = {name: found for name, found in rows.items() if found[0]["data"] in SETS}
+    classes = {name: found for name, found in rows.items() if found[0]["data"] == NEOPOLYP}
+    parts = [
+        "# Tables\n",
+        "Written by `python results/tables.py` from the files beside it. Dice and IoU are means "
+        "over images in per cent, with 95 % bootstrap intervals over images. What each run is, its "
+        "command and its commit: [README.md](README.md). Seconds are medians for one image, the "
+        "solvers taking turns, on two CPU cores that did other work too where the README says so; "
+        "the paper's rows come from other schedules and another pretraining.\n",
+    ]
+    for protocol in PROTOCOLS:
+        parts += [f"## Kvasir-SEG and CVC-ClinicDB, protocol `{protocol}`\n", _sets(both, protocol)]
+    if classes:
+        parts += ["## NeoPolyp-Small, protocol `default`\n", _targets(classes)]
+    parts += ["## Solves\n", _solves(rows), "## Trainings\n", _trainings(runs)]
+    (HERE / "tables.md").write_text("\n".join(parts))
+
+
+def _sets(rows: dict[str, list[Row]], protocol: str) -> str:
+    names = SETS[:2]
+    table = []
+    for run, solver, found in _by_solver(rows, protocol):
+        cells = {row["data"]: row for row in found}
+        table.append([run, solver, *(_scores(cells.get(name)) for name in names)])
+    if protocol == "paper":
+        table += [
+            ["paper", name, *(f"{dice} / {iou}" for dice, iou in cells[:2])]
+            for name, cells in TABLE_2.items()
+        ]
+    return _markdown(["run", "solver", *(f"{name}, Dice / IoU" for name in names)], table)
+
+
+def _targets(rows: dict[str, list[Row]]) -> str:
+    table = []
+    for run, solver, found in _by_solver(rows, "default"):
+        cells = {row["target"]: row for row in found}
+        table.append([run, solver, *(_scores(cells.get(name)) for name in TARGETS)])
+    table += [
+        ["paper", name, *(f"{dice} / {iou}" for dice, iou in cells)]
+        for name, cells in TABLE_3.items()
+    ]
+    return _markdown(["run", "solver", *(f"{name}, Dice / IoU" for name in TARGETS)], table)
+
+
+def _solves(rows: dict[str, list[Row]]) -> str:
+    header = ["run", "solver", "set", "evaluations", "residual, median", "worst", "at 1e-3"]
+    table = []
+    for run, solver, found in _by_solver(rows, "default"):
+        for row in found:
+            if row["target"] == "polyp":
+                measured = row["residual_median"] != ""
+                table.append(
+                    [
+                        *(run, solver, row["data"], f"{float(row['evaluations_mean']):.1f}"),
+                        f"{float(row['residual_median']):.1e}" if measured else "",
+                        f"{float(row['residual_worst']):.1e}" if measured else "",
+                        f"{float(row['converged_share']):.0%}" if measured else "",
+                        f"{float(row['seconds_median']):.3f}",
+                    ]
+                )
+    return _markdown([*header, "seconds"], table)
+
+
+def _trainings(runs: Sequence[Path]) -> str:
+    header = ["run", "network", "size", "images", "epochs", "validation Dice"]
+    more = ["at 1e-3", "evaluations", "spectral radius"]
+    table = []
+    for run in runs:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        epochs = _read(run / "results.csv")
+        last = {row["phase"]: row for row in epochs}
+        implicit = last.get("implicit", {})
+        share = implicit.get("val_converged")
+        dice = [f"{100 * float(row['val_dice']):.1f}" for row in last.values()]
+        whole = config["data"].get("train_on") == "all"
+        table.append(
+            [
+                *(run.name, config["model"]["name"], str(config["data"]["size"])),
+                "all" if whole else "split",
+                " + ".join(row["epoch"] for row in last.values()),
+                "(seen) " * whole + " / ".join(dice),
+                f"{float(share):.0%}" if share else "",
+                *(
+                    _number(implicit.get(f"val_{key}"))
+                    for key in ("evaluations", "spectral_radius")
+                ),
+            ]
+        )
+    return _markdown([*header, *more], table)
+
+
+def _by_solver(rows: dict[str, list[Row]], protocol: str) -> Iterable[tuple[str, str, list[Row]]]:
+    for run, found in rows.items():
+        for solver in SOLVERS:
+            own = [r for r in found if r["solver"] == solver and r["protocol"] == protocol]
+            if own:
+                yield run, solver, own
+
+
+def _scores(row: Row | None) -> str:
+    if row is None:
+        return ""
+    dice, low, high, iou = (
+        100 * float(row[key]) for key in ("mDice", "mDice_low", "mDice_high", "mIoU")
+    )
+    return f"{dice:.1f} ({low:.1f} ... {high:.1f}) / {iou:.1f}"
+
+
+def _number(text: str | None) -> str:
+    return f"{float(text):.2f}" if text else ""
+
+
+def _read(path: Path) -> list[Row]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,12 +13,12 @@ from torch import Tensor
 from benchmarks.problems import Problem
 from benchmarks.results import Results, Value
 from benchmarks.settings import Settings
-from benchmarks.timing import paired
+from benchmarks.timing import Effort, paired
 from deqsolvers import Anderson, Broyden, Picard, Solver, fixed_point
 
 EVALUATIONS = (1, 2, 3, 4, 6, 8, 12)
 ANDERSON = "Anderson"
-_LONGEST = 60  # evaluations within which a classic solver must get as close
+_LONGEST = 40  # evaluations within which a classic solver must get as close
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ def classic(problem: Problem) -> dict[str, Approach]:
 
 
 def measure(
-    problem: Problem, hypers: Mapping[str, Solver], settings: Settings, results: Results
+    problem: Problem,
+    hypers: Mapping[str, Solver],
+    settings: Settings,
+    results: Results,
+    effort: Effort,
 ) -> None:
     """Rows of the tables hypersolver and equal-distance, and the goals on distances.
 
@@ -83,10 +87,13 @@ def measure(
     chosen = classic(problem)
     chosen["Anderson with our initializer"] = Approach(Anderson(), guess)
     chosen.update({name: Approach(hyper, None) for name, hyper in hypers.items()})
-    distances = {name: each.distances(problem, _LONGEST) for name, each in chosen.items()}
+    distances = {
+        name: each.distances(problem, _LONGEST if name in classic(problem) else EVALUATIONS[-1])
+        for name, each in chosen.items()
+    }
     for count in EVALUATIONS:
         runs = {name: partial(each.run, problem, count) for name, each in chosen.items()}
-        timings = paired(runs, settings.device, settings.effort)
+        timings = paired(runs, settings.device, effort, warm=True)
         for name in chosen:
             results.add(
                 "hypersolver",
@@ -98,8 +105,8 @@ def measure(
                 },
             )
     for name in hypers:
-        for count in EVALUATIONS[:5]:
-            _equal_distance(problem, chosen, distances, name, count, settings, results)
+        for count in EVALUATIONS[: 3 if settings.quick else 5]:
+            _equal_distance(problem, chosen, distances, name, count, settings, results, effort)
         _goals(problem, distances, name, results)
 
 
@@ -111,6 +118,7 @@ def _equal_distance(
     count: int,
     settings: Settings,
     results: Results,
+    effort: Effort,
 ) -> None:
     """A row: how long the classic solvers take to a mean distance as small as the HyperSolver's."""
     reached = float(distances[hyper][count - 1].mean())
@@ -121,7 +129,7 @@ def _equal_distance(
             needed[name] = int(close[0]) + 1
     runs = {name: partial(chosen[name].run, problem, times) for name, times in needed.items()}
     runs[hyper] = partial(chosen[hyper].run, problem, count)
-    timings = paired(runs, settings.device, settings.effort)
+    timings = paired(runs, settings.device, effort, warm=True)
     values: dict[str, Value] = {
         "mean distance": reached,
         "time [ms]": timings.of(hyper).scaled(1e3),

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.methods import OURS
-from benchmarks.results import Results, Value
+from benchmarks.results import Results, Row, Value
 from benchmarks.tables import align, number
 from benchmarks.timing import Quartiles
 
 # What is worse when it grows. Counts and bytes repeat exactly; only times need the machine's drift.
 _TIME = "[ms]"
 _UNITS = (_TIME, "[MB]", "evaluations", "rows evaluated", "distance", "gradient error")
+# Columns of times beside ours that tell of the machine.
+_MACHINES = ("torchdeq [ms]", "least [ms]")
 _MACHINE = ("device", "gpu", "dtype", "cpu", "cores", "threads", "torch", "torchdeq", "scipy")
 
 
@@ -60,13 +62,15 @@ class Comparison:
     Attributes:
         drift: median of new / old over all times of peers, 1 where there are none.
         worse, better: ours, beyond the drift, quartiles apart; the largest change first.
-        lost: values of ours that only the old run has.
+        failed: rows of ours that reached their tolerance in the old run and not in the new one.
+        lost: other values of ours that only the old run has.
         compared: how many values of ours were compared.
     """
 
     drift: float
     worse: list[Change]
     better: list[Change]
+    failed: list[str]
     lost: list[str]
     compared: int
 
@@ -85,22 +89,43 @@ def compare(old: Results, new: Results, threshold: float) -> Comparison:
     significant = [c for c in ours if c.apart(drift if c.timed else 1.0)]
     worse = [c for c in significant if relative(c) > 1 + threshold]
     better = [c for c in significant if relative(c) < 1 / (1 + threshold)]
+    failed = _reached(old) - _reached(new)
+    failed &= {name[:2] for name in after}  # else the row is lost
     return Comparison(
         drift,
         sorted(worse, key=relative, reverse=True),
         sorted(better, key=relative),
-        [f"{n[0]}: {n[1]}: {n[2]}" for n in before if n[3] and n not in after],
+        [f"{table}: {key}" for table, key in sorted(failed)],
+        [
+            f"{n[0]}: {n[1]}: {n[2]}"
+            for n in before
+            if n[3] and n not in after and n[:2] not in failed
+        ],
         len(ours),
     )
 
 
+def _reached(results: Results) -> set[tuple[str, str]]:
+    return {
+        (row.table, _key(row))
+        for row in results.rows
+        if row.values.get("reached") and row.key.get("library", OURS) == OURS
+    }
+
+
+def _key(row: Row) -> str:
+    """What was measured; the radius is a result, though tables show it among the keys."""
+    named = (f"{name} {number(value)}" for name, value in row.key.items() if name != "radius")
+    return ", ".join(named)
+
+
 def _values(results: Results) -> Iterator[tuple[tuple[str, str, str, bool], Value]]:
     for row in results.rows:
-        key = ", ".join(f"{name} {number(value)}" for name, value in row.key.items())
+        key = _key(row)
         for column, value in row.values.items():
             if not column.endswith(_UNITS) or isinstance(value, (str, bool)) or value is None:
                 continue
-            ours = row.key.get("library", OURS) == OURS and not column.startswith("torchdeq")
+            ours = row.key.get("library", OURS) == OURS and column not in _MACHINES
             yield (row.table, key, column, ours), value
 
 
@@ -141,12 +166,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for c in changes
             ]
             print("\n".join(align(grid)))
+    for line in found.failed:
+        print(f"no longer reached: {line}")
     for line in found.lost:
         print(f"only in {options.old}: {line}")
     if not found.compared:
         parser.error("the two files have no value in common")
-    print(f"\n{found.compared} values: {len(found.worse)} worse, {len(found.better)} better")
-    return 1 if found.worse else 0
+    print(
+        f"\n{found.compared} values: {len(found.worse)} worse, {len(found.better)} better; "
+        f"{len(found.failed)} tolerances no longer reached"
+    )
+    return 1 if found.worse or found.failed else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ import torch
 from benchmarks import machine, plots, tables
 from benchmarks.results import Results
 from benchmarks.settings import DTYPES, GOAL_SIZES, Settings, parse_sizes
+from polypseg.checkpoint import CheckpointError
+from polypseg.predictor import available_solvers
 
 _RESULTS = pytest.StashKey[Results]()
 _SETTINGS = pytest.StashKey[Settings]()
+_START = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,21 +75,27 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     try:
         settings = _settings(config)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, CheckpointError) as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[_SETTINGS] = settings
+    config.stash[_START] = time.monotonic()
     header = machine.header(_command(config), settings.device, settings.dtype)
     config.stash[_RESULTS] = Results(header)
 
 
 def _settings(config: pytest.Config) -> Settings:
-    device = torch.device(config.getoption("--benchmark-device"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--benchmark-device: torch sees no CUDA device here; give cpu")
+    device = _device(config.getoption("--benchmark-device"))
+    out = config.getoption("--benchmark-out")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"--benchmark-out: {out} is a file; give a folder")
     runs = tuple(Path(run) for run in config.getoption("--benchmark-run"))
     for run in runs:
         if not (run / "config.yaml").is_file():
             raise ValueError(f"--benchmark-run: {run} is no run of polypseg-train")
+        if "broyden" not in available_solvers(run):
+            raise ValueError(
+                f"--benchmark-run: {run} has no weights of the implicit phase; give a finished run"
+            )
     images = config.getoption("--benchmark-images")
     if images is not None and not Path(images).is_dir():
         raise ValueError(f"--benchmark-images: there is no folder {images}")
@@ -98,6 +109,21 @@ def _settings(config: pytest.Config) -> Settings:
     )
 
 
+def _device(text: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise ValueError(f"--benchmark-device: expected cpu, cuda or cuda:N, got {text!r}")
+    device = torch.device(text)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--benchmark-device: torch sees no CUDA device here; give cpu")
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"--benchmark-device: there is no {text}, torch sees {count} CUDA device(s)"
+            )
+    return device
+
+
 def _command(config: pytest.Config) -> str:
     """The command line without the paths of this machine."""
     words = ["pytest", *(Path(argument).name for argument in config.args), "--benchmark"]
@@ -107,6 +133,8 @@ def _command(config: pytest.Config) -> str:
         words += ["--benchmark-run", Path(run).name]
     if config.getoption("--benchmark-images"):
         words += ["--benchmark-images", "DIR"]
+    if config.getoption("--benchmark-out"):
+        words += ["--benchmark-out", "DIR"]
     return " ".join(words)
 
 
@@ -126,6 +154,7 @@ def pytest_terminal_summary(
     results = config.stash.get(_RESULTS, None)
     if results is None or not (results.rows or results.goals):
         return
+    results.header["seconds"] = round(time.monotonic() - config.stash[_START])
     for title, lines in tables.report(results):
         terminalreporter.section(title)
         for line in lines:

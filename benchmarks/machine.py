@@ -20,6 +20,7 @@ def header(command: str, device: torch.device, dtype: torch.dtype) -> dict[str, 
     known = versions()
     found: dict[str, Any] = {
         "command": command,
+        "seconds": None,  # the run took; known at its end
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": known["git_commit"],
         "uncommitted_changes": known["git_dirty"],
@@ -43,9 +44,10 @@ def lines(header: dict[str, Any]) -> list[str]:
     """The header as a few lines of text."""
     commit = str(header["commit"])[:12] + (" and changes" if header["uncommitted_changes"] else "")
     packages = ("python", "deqsolvers", "torch", *_PEERS)
+    took = f", took {header['seconds']} s" if header.get("seconds") is not None else ""
     return [
         header["command"],
-        f"{header['date']}, commit {commit}",
+        f"{header['date']}{took}, commit {commit}",
         f"{header['gpu'] or header['cpu']}, {header['cores']} cores, {header['memory_GB']} GB, "
         f"{header['threads']} threads, {header['dtype']}, {header['system']}",
         ", ".join(f"{name} {header[name]}" for name in packages if header[name]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,7 +69,9 @@ def _ours(name: str, solver: Solver, **options: Any) -> Method:
     def solve(
         f: Callable[[Tensor, Tensor], Tensor], problem: Problem, tol: float, steps: int
     ) -> Tensor:
-        return fixed_point(f, problem.z0, (problem.x,), solver=solver, tol=tol, max_steps=steps).z
+        return fixed_point(
+            f, problem.z0, (problem.x,), solver=solver, tol=tol, max_steps=steps, **options
+        ).z
 
     return Method(name, OURS, solve)
 
@@ -98,11 +101,15 @@ def _torchdeq(name: str) -> Method:
     return Method(name, TORCHDEQ, solve)
 
 
+class _Stopped(Exception):
+    """Leaves a solver of SciPy from its callback."""
+
+
 def _scipy(name: str) -> Method:
     """SciPy solves a vector, so the samples go one after the other.
 
-    Its tolerance is absolute. It gets ``tol ||z*||``, which is the relative one in hindsight: a
-    favour that no user can have.
+    Its tolerances are absolute or relative to the first residual. So its callback stops it, on the
+    residual that every other method is stopped on.
     """
     import numpy as np
     from scipy import optimize
@@ -117,25 +124,25 @@ def _scipy(name: str) -> Method:
     def solve(
         f: Callable[[Tensor, Tensor], Tensor], problem: Problem, tol: float, steps: int
     ) -> Tensor:
-        found = torch.empty_like(problem.z0)
+        found = problem.z0.clone()
         for row in range(len(problem.z0)):
             x = problem.x[row : row + 1]
+            last = problem.z0[row].numpy().ravel()
 
             def residual(z: np.ndarray, x: Tensor = x) -> np.ndarray:
                 state = torch.from_numpy(z).to(x.dtype).view_as(x)
                 return (f(state, x) - state).numpy().ravel()
 
-            try:
-                z = function(
-                    residual,
-                    problem.z0[row].numpy().ravel(),
-                    f_tol=tol * float(problem.exact[row].norm()),
-                    tol_norm=np.linalg.norm,
-                    maxiter=steps,
-                )
-            except optimize.NoConvergence as failure:
-                z = failure.args[0]
-            found[row] = torch.as_tensor(np.asarray(z)).view_as(found[row])
+            def stop(z: np.ndarray, difference: np.ndarray) -> None:
+                nonlocal last
+                last = z
+                if np.linalg.norm(difference) <= tol * np.linalg.norm(z + difference):
+                    raise _Stopped
+
+            # How far it came is measured, whatever it says.
+            with contextlib.suppress(_Stopped, optimize.NoConvergence):
+                function(residual, last, f_tol=0.0, maxiter=steps, callback=stop)
+            found[row] = torch.as_tensor(np.asarray(last)).view_as(found[row])
         return found
 
     return Method(name, SCIPY, solve)

@@ -21,16 +21,18 @@ class Overhead:
     """Of `STEPS` steps at one size, all over runs that took turns.
 
     Attributes:
-        ours, torchdeq: seconds of a step beyond f.
+        ours, torchdeq: seconds of a step beyond f; negative where the noise of f is larger.
         ratio: torchdeq / ours; None for a solver or a setting that torchdeq lacks.
-        limit: seconds of copying the bytes that a step must move / seconds of our step: 1 is the
-            most that memory allows.
+        least: seconds of copying the bytes that a step must move.
+        limit: least / ours; 1 is the most that memory allows. It and the ratio are None where ours
+            is not positive.
     """
 
     ours: Quartiles
     torchdeq: Quartiles | None
     ratio: Quartiles | None
-    limit: Quartiles
+    least: Quartiles
+    limit: Quartiles | None
     megabytes: float
 
 
@@ -101,16 +103,14 @@ def measure(
     timings = paired(functions, settings.device, effort)
     step = 1 / STEPS
     found = theirs is not None
+    beyond = timings.beyond("ours", "f")
+    positive = beyond.median > 0
     return Overhead(
-        ours=timings.beyond("ours", "f").scaled(step),
+        ours=beyond.scaled(step),
         torchdeq=timings.beyond("torchdeq", "f").scaled(step) if found else None,
-        ratio=timings.ratio("torchdeq", "ours", "f") if found else None,
-        limit=Quartiles.of(
-            copy / (whole - f)
-            for copy, whole, f in zip(
-                *(timings.seconds[name] for name in ("copy", "ours", "f")), strict=True
-            )
-        ),
+        ratio=timings.ratio("torchdeq", "ours", "f") if found and positive else None,
+        least=timings.of("copy").scaled(step),
+        limit=timings.share("copy", "ours", "f") if positive else None,
         megabytes=least / STEPS / 1e6,
     )
 

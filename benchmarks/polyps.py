@@ -18,6 +18,8 @@ from polypseg.models import PolypDEQ
 
 # Where released models lie, each a folder like a run of polypseg-train.
 MODELS = Path(__file__).resolve().parent.parent / "models"
+# Where the records of runs lie, without weights.
+RUNS = MODELS.parent / "results"
 
 
 def trained_runs(settings: Settings) -> list[Path]:
@@ -49,9 +51,17 @@ def problem(name: str, model: PolypDEQ, pictures: Tensor, settings: Settings) ->
 
 
 def phase_seconds(run: Path) -> dict[str, float]:
-    """Seconds of every training phase of a run; empty where it has no results.csv."""
+    """Seconds of every training phase of a run; empty where nothing tells them.
+
+    A released model has no results.csv; that of its run may lie in results/.
+    """
     seconds: dict[str, float] = defaultdict(float)
     path = run / "results.csv"
+    if not path.is_file():
+        config = (run / "config.yaml").read_bytes()
+        for other in sorted(RUNS.glob("*/config.yaml")):
+            if other.read_bytes() == config:
+                path = other.parent / "results.csv"
     if path.is_file():
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -59,20 +69,21 @@ def phase_seconds(run: Path) -> dict[str, float]:
     return dict(seconds)
 
 
-def dice_lost(run: Path) -> float | None:
-    """Dice points that the HyperSolver loses to the better classic solver, on the worst test set.
+def dice_lost(run: Path) -> dict[str, float]:
+    """Dice points that the HyperSolver loses to the better classic solver, by protocol.
 
-    None where the run was not evaluated with both.
+    On the worst test set; empty where the run was not evaluated with both.
     """
-    dice: dict[str, dict[str, float]] = defaultdict(dict)
+    dice: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     path = run / "evaluation" / "summary.csv"
     if path.is_file():
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                dice[row["data"]][row["solver"]] = 100 * float(row["mDice"])
-    lost = []
-    for solvers in dice.values():
+                dice[row["protocol"], row["data"]][row["solver"]] = 100 * float(row["mDice"])
+    lost: dict[str, float] = {}
+    for (protocol, _), solvers in dice.items():
         rivals = [solvers[name] for name in ("anderson", "broyden") if name in solvers]
         if rivals and "hyper" in solvers:
-            lost.append(max(rivals) - solvers["hyper"])
-    return max(lost) if lost else None
+            points = max(rivals) - solvers["hyper"]
+            lost[protocol] = max(points, lost.get(protocol, points))
+    return lost

@@ -42,4 +42,4 @@ def test_hypersolver(name: str, settings: Settings, results: Results) -> None:
         hypers[label] = hyper
         if label == "HyperSolver":
             hypers["HyperSolver, then Anderson"] = HandOver(hyper)
-    approaches.measure(problem, hypers, settings, results)
+    approaches.measure(problem, hypers, settings, results, settings.effort)

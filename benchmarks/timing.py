@@ -72,6 +72,13 @@ class Timings:
             a / b if b > 0 else math.inf for a, b in zip(numerators, denominators, strict=True)
         )
 
+    def share(self, part: Hashable, whole: Hashable, base: Hashable) -> Quartiles:
+        """``part`` over ``whole`` beyond ``base``; infinite where that vanished in the noise."""
+        parts, beyond = self.seconds[part], self._differences(whole, base)
+        return Quartiles.of(
+            a / b if b > 0 else math.inf for a, b in zip(parts, beyond, strict=True)
+        )
+
     def _differences(self, name: Hashable, base: Hashable) -> list[float]:
         return [a - b for a, b in zip(self.seconds[name], self.seconds[base], strict=True)]
 

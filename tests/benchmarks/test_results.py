@@ -195,6 +195,27 @@ def test_more_evaluations_are_worse_whatever_the_machine() -> None:
     assert [change.column for change in found.worse] == ["evaluations"]
 
 
+def test_a_tolerance_no_longer_reached_is_worse(tmp_path: Path) -> None:
+    old, new = results(4.0), results(4.0)
+    failed = {**new.rows[0].values, "time [ms]": None, "reached": False}
+    new.rows[0] = type(new.rows[0])("work-precision", new.rows[0].key, failed)
+    (told,) = compare(old, new, 0.1).failed
+    assert "Anderson" in told
+    assert not compare(new, old, 0.1).failed
+    for name, found in (("old", old), ("new", new)):
+        found.write(tmp_path / name)
+    old_path, new_path = (str(tmp_path / name / "results.json") for name in ("old", "new"))
+    assert main([old_path, new_path]) == 1
+    assert main([new_path, old_path]) == 0
+
+
+def test_rows_are_matched_whatever_radius_was_found() -> None:
+    old, new = results(4.0), results(5.0)
+    key = {**new.rows[0].key, "radius": 0.901}
+    new.rows[0] = type(new.rows[0])("work-precision", key, new.rows[0].values)
+    assert len(compare(old, new, 0.1).worse) == 1
+
+
 def test_lost_rows_are_told() -> None:
     new = results(4.0)
     del new.rows[0]

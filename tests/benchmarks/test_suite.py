@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gradients import exact_gradient
+from benchmarks.methods import SCIPY, methods_for
 from benchmarks.overhead import STEPS, least_states
 from benchmarks.problems import Problem
 from tests.deqsolvers.maps import TanhMap, normal
@@ -29,10 +30,37 @@ def test_without_the_flag_everything_is_skipped_with_a_word() -> None:
     assert "give --benchmark to run it" in done.stdout
 
 
-def test_an_unfit_option_is_an_error_before_anything_is_measured() -> None:
-    done = run_pytest("--benchmark", "--benchmark-run", "nowhere")
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("run", "nowhere", "nowhere is no run of polypseg-train"),
+        ("device", "tpu", "--benchmark-device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        pytest.param(
+            "device",
+            "cuda",
+            "--benchmark-device: torch sees no CUDA device here; give cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        ("out", "pyproject.toml", "--benchmark-out: pyproject.toml is a file; give a folder"),
+    ],
+)
+def test_an_unfit_option_is_an_error_before_anything_is_measured(
+    option: str, value: str, message: str
+) -> None:
+    done = run_pytest("--benchmark", f"--benchmark-{option}", value)
     assert done.returncode == 4
-    assert "nowhere is no run of polypseg-train" in done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("name", ["Anderson", "Broyden", "Newton-Krylov"])
+def test_scipy_stops_on_the_residual_that_others_stop_on(name: str) -> None:
+    pytest.importorskip("scipy")
+    f, x = TanhMap(20, norm=0.5), normal(2, 20, seed=7)
+    problem = Problem("tanh", f, torch.zeros_like(x), x, torch.zeros_like(x), 0.5)
+    (method,) = (m for m in methods_for(problem) if (m.name, m.library) == (name, SCIPY))
+    for tol in (1e-2, 1e-4):
+        z = method.solve(f, problem, tol, 100)
+        assert 0.01 * tol < problem.residual(z) <= tol
 
 
 def test_least_states_by_hand() -> None:

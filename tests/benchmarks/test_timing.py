@@ -41,6 +41,12 @@ def test_a_denominator_lost_in_noise_gives_an_infinite_ratio() -> None:
     assert timings.ratio("a", "b", "base").median == math.inf
 
 
+def test_a_share_is_of_the_time_beyond_the_base() -> None:
+    timings = Timings({"copy": [1.0, 1.0], "solve": [5.0, 3.0], "f": [1.0, 1.0]})
+    assert timings.share("copy", "solve", "f") == Quartiles.of([0.25, 0.5])
+    assert timings.share("copy", "f", "solve").median == math.inf
+
+
 def test_functions_take_turns_and_the_first_of_a_round_changes() -> None:
     calls: list[str] = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.problems import Problem
-from deqsolvers import Anderson, Broyden, NewtonKrylov, Picard, Solver, fixed_point
+from deqsolvers import Anderson, AndersonTypeI, Broyden, NewtonKrylov, Picard, Solver, fixed_point
 
 OURS, TORCHDEQ, SCIPY = "deqsolvers", "torchdeq", "SciPy"
 
@@ -50,6 +50,7 @@ def methods_for(problem: Problem) -> list[Method]:
     chosen = [
         _ours("Picard", Picard()),
         _ours("Anderson", Anderson()),
+        _ours("Anderson, type I", AndersonTypeI()),
         _ours("Broyden", Broyden()),
         # Its probes are steps that do not lower the residual.
         _ours("Newton-Krylov", NewtonKrylov(), stall_after=100),

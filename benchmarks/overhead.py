@@ -97,10 +97,10 @@ def measure(
     theirs = _torchdeq(method, memory)
     if theirs is not None:
         functions["torchdeq"] = lambda: theirs(f, z0)
-    effort = settings.effort
-    if z0.numel() > 1_000_000 and settings.quick:
-        effort = Effort(3, 0, 3)
-    timings = paired(functions, settings.device, effort)
+    # Where a round takes seconds it is not warmed: the median of three passes over the first.
+    slow = z0.numel() > 1_000_000 and settings.quick
+    effort = Effort(3, 0, 3) if slow else settings.effort
+    timings = paired(functions, settings.device, effort, warm=slow)
     step = 1 / STEPS
     found = theirs is not None
     beyond = timings.beyond("ours", "f")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,42 +9,23 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks import machine
-from benchmarks.methods import OURS, SCIPY, TORCHDEQ
+from benchmarks.methods import OURS, TORCHDEQ
 from benchmarks.results import Results, Row
+from benchmarks.style import (
+    COLOURS,
+    LIBRARIES,
+    PASSES,
+    label_logarithms,
+    legend,
+    line_style,
+    method_legend,
+    panels,
+)
 from benchmarks.timing import Quartiles
 
-# Okabe & Ito's colours, which the colour-blind can tell apart.
-COLOURS = {
-    "Picard": "#009E73",
-    "Anderson": "#0072B2",
-    "Broyden": "#E69F00",
-    "HyperSolver": "#D55E00",
-    "HyperSolver, then Anderson": "#882255",
-    "HyperSolver, preconditioned": "#000000",
-    "Anderson with our initializer": "#56B4E9",
-    "Newton-Krylov": "#CC79A7",
-}
-# Of backward passes, in hues that no solver has, but for Broyden's.
-_PASSES = {
-    "implicit, tol 1e-2": "#C9B3E6",
-    "implicit, tol 1e-4": "#8C5FC7",
-    "implicit, tol 1e-6": "#4A1F87",
-    "implicit by Broyden, tol 1e-4": COLOURS["Broyden"],
-    "phantom, 5 steps": "#8B5A2B",
-    "Jacobian-free": "#E15759",
-    "SHINE": "#BCBD22",
-    "unrolled": "#000000",
-}
 # Columns of tables that set both libraries side by side.
 LIBRARY_COLUMNS = {OURS: "ours [ms]", TORCHDEQ: "torchdeq [ms]"}
-_STYLES: dict[str, dict[str, Any]] = {
-    OURS: {"linestyle": "-", "marker": "o"},
-    TORCHDEQ: {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
-    SCIPY: {"linestyle": ":", "marker": "^", "markerfacecolor": "white"},
-}
 
 
 def write(results: Results, folder: Path) -> None:
@@ -63,7 +43,7 @@ def write(results: Results, folder: Path) -> None:
         if results.table(table):
             figure = draw(results)
             for panel in figure.axes:
-                _label_logarithms(panel)
+                label_logarithms(panel)
             figure.savefig(folder / name, dpi=120)
 
 
@@ -100,21 +80,19 @@ def _by_problem(
 ) -> Figure:
     rows = [row for row in results.table("work-precision") if row.values["reached"]]
     problems = list(dict.fromkeys(row.key["problem"] for row in rows))
-    figure, axes = _panels(len(problems), title)
+    figure, axes = panels(len(problems), title)
     for panel, problem in zip(axes, problems, strict=True):
         mine = [row for row in rows if row.key["problem"] == problem]
         first = mine[0].key
-        panel.set_title(
-            f"{problem} ({first['batch']} x {first['features']}, radius {first['radius']:.2f})",
-            fontsize=9,
-        )
+        known = "" if "radius" in problem else f", radius {first['radius']:.2f}"
+        panel.set_title(f"{problem} ({first['batch']} x {first['features']}{known})", fontsize=9)
         for (method, library), line in _groups(mine, "method", "library").items():
             x, y = ([_number(row, column) for row in line] for _, column in (horizontal, vertical))
-            panel.plot(x, y, **_style(method, library))
+            panel.plot(x, y, **line_style(method, library))
         panel.set(xscale="log", yscale="log", xlabel=horizontal[0], ylabel=vertical[0])
         if horizontal[1] == "tolerance":
             panel.invert_xaxis()
-    _method_legend(figure, rows, results)
+    method_legend(figure, rows, results)
     return figure
 
 
@@ -122,7 +100,7 @@ def overhead(results: Results) -> Figure:
     """A step beyond f, with quartiles, and the floor that memory sets."""
     rows = results.table("overhead")
     methods = list(dict.fromkeys(row.key["method"] for row in rows))
-    figure, axes = _panels(
+    figure, axes = panels(
         len(methods), "Time of a step beyond f (low is better; bars are quartiles)"
     )
     for panel, method in zip(axes, methods, strict=True):
@@ -132,7 +110,7 @@ def overhead(results: Results) -> Figure:
                 time = row.values[column]
                 if isinstance(time, Quartiles) and time.median > 0:
                     spread = [[time.median - time.q1], [time.q3 - time.median]]
-                    style = {**_style(method, library), "linestyle": "", "markersize": 8}
+                    style = {**line_style(method, library), "linestyle": "", "markersize": 8}
                     panel.errorbar(place, time.median, yerr=spread, capsize=5, **style)
             floor = _number(row, "least [ms]")
             panel.plot([place - 0.3, place + 0.3], [floor, floor], color="black")
@@ -152,18 +130,18 @@ def overhead(results: Results) -> Figure:
         panel.set_xticks(range(len(mine)), labels, fontsize=8)
         panel.set(yscale="log", title=method, ylabel="ms a step", xlabel="batch x features")
     handles = [
-        Line2D([], [], color="grey", label=library, **{**_STYLES[library], "linestyle": ""})
+        Line2D([], [], color="grey", label=library, **{**LIBRARIES[library], "linestyle": ""})
         for library in LIBRARY_COLUMNS
     ]
     handles.append(Line2D([], [], color="black", label="copying the bytes that must move"))
-    _legend(figure, handles, results)
+    legend(figure, handles, results)
     return figure
 
 
 def scaling(results: Results) -> Figure:
     rows = results.table("scaling")
     series = list(dict.fromkeys(row.key["varied"] for row in rows))
-    figure, axes = _panels(len(series), "Time of a step beyond f (low is better)")
+    figure, axes = panels(len(series), "Time of a step beyond f (low is better)")
     for panel, varied in zip(axes, series, strict=True):
         mine = [row for row in rows if row.key["varied"] == varied]
         fixed = [name for name in ("batch", "features", "memory") if name != varied]
@@ -173,7 +151,7 @@ def scaling(results: Results) -> Figure:
                 panel.plot(
                     [row.key[varied] for row in known],
                     [_number(row, column) for row in known],
-                    **_style(method, library),
+                    **line_style(method, library),
                 )
         same = ", ".join(f"{name} {mine[0].key[name]:,}" for name in fixed)
         panel.set(xscale="log", yscale="log", xlabel=varied, ylabel="ms a step", title=same)
@@ -182,7 +160,7 @@ def scaling(results: Results) -> Figure:
         for row in rows
         for library in LIBRARY_COLUMNS
     ]
-    _method_legend(figure, keys, results)
+    method_legend(figure, keys, results)
     return figure
 
 
@@ -190,14 +168,14 @@ def backward(results: Results) -> Figure:
     """Time of the backward pass against the error of the gradient, a point a mode."""
     rows = results.table("backward")
     problems = list(dict.fromkeys(row.key["problem"] for row in rows))
-    figure, axes = _panels(len(problems), "Backward passes (left and low is better)", width=5.6)
+    figure, axes = panels(len(problems), "Backward passes (left and low is better)", 2, 5.6)
     names = list(dict.fromkeys(row.key["backward"] for row in rows))
     for panel, problem in zip(axes, problems, strict=True):
         for row in rows:
             if row.key["problem"] == problem:
-                style = dict(_STYLES[row.key["library"]], linestyle="")
+                style = dict(LIBRARIES[row.key["library"]], linestyle="")
                 x, y = _number(row, "both [ms]"), _number(row, "gradient error")
-                panel.plot(x, y, color=_PASSES[row.key["backward"]], markersize=8, **style)
+                panel.plot(x, y, color=PASSES[row.key["backward"]], markersize=8, **style)
         panel.set(
             xscale="log",
             yscale="log",
@@ -206,12 +184,12 @@ def backward(results: Results) -> Figure:
             ylabel="relative error of the gradient",
         )
     handles = [
-        Line2D([], [], linestyle="", marker="o", color=_PASSES[name], label=name) for name in names
+        Line2D([], [], linestyle="", marker="o", color=PASSES[name], label=name) for name in names
     ]
     for library in dict.fromkeys(row.key["library"] for row in rows):
-        style = dict(_STYLES[library], linestyle="")
+        style = dict(LIBRARIES[library], linestyle="")
         handles.append(Line2D([], [], color="grey", label=library, **style))
-    _legend(figure, handles, results)
+    legend(figure, handles, results)
     return figure
 
 
@@ -220,9 +198,10 @@ def hypersolver(results: Results) -> Figure:
     rows = results.table("hypersolver")
     problems = list(dict.fromkeys(row.key["problem"] for row in rows))
     axes: Sequence[Axes]
-    figure, axes = _panels(
+    figure, axes = panels(
         2 * len(problems),
         "Distance to z* (left and low is better): mean thick, worst sample thin",
+        columns=2,
     )
     for place, problem in enumerate(problems):
         mine = [row for row in rows if row.key["problem"] == problem]
@@ -233,74 +212,13 @@ def hypersolver(results: Results) -> Figure:
             for (method,), line in _groups(mine, "method").items():
                 x = [row.key[column] if column in row.key else _number(row, column) for row in line]
                 for distance, width in (("mean distance", 2.0), ("worst distance", 0.6)):
-                    style = _style(method, OURS)
+                    style = line_style(method, OURS)
                     style.update(linewidth=width, markersize=4 if width > 1 else 0)
                     panel.plot(x, [_number(row, distance) for row in line], **style)
             label = "evaluations of f" if column == "evaluations" else column
             panel.set(yscale="log", xlabel=label, ylabel="||z - z*|| / ||z*||", title=problem)
-    _method_legend(figure, rows, results)
+    method_legend(figure, rows, results)
     return figure
-
-
-def _panels(count: int, title: str, width: float = 4.2) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 2 if count == 4 else 3)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(max(width * columns, 9), 3.5 * lines + 1.6), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
-    axes = list(grid.flat)
-    for panel in axes[count:]:
-        panel.remove()
-    for panel in axes[:count]:
-        panel.grid(alpha=0.3, which="major")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.title.set_fontsize(9)
-    figure.suptitle(title, fontsize=12, fontweight="bold")
-    return figure, axes[:count]
-
-
-def _label_logarithms(panel: Axes) -> None:
-    """Plain numbers; within few decades at 1, 2 and 5 too."""
-    for axis in (panel.xaxis, panel.yaxis):
-        if axis.get_scale() != "log":
-            continue
-        low, high = sorted(axis.get_view_interval())
-        few = math.log10(high / low) < 2
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-        axis.set_minor_formatter(NullFormatter())
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-def _style(method: str, library: str) -> dict[str, Any]:
-    return {"color": COLOURS[method], "markersize": 4, "linewidth": 1.4, **_STYLES[library]}
-
-
-def _method_legend(figure: Figure, rows: Sequence[Row], results: Results) -> None:
-    # Rows without a library are all ours.
-    pairs = dict.fromkeys((row.key["method"], row.key.get("library")) for row in rows)
-    handles = [
-        Line2D(
-            [],
-            [],
-            label=f"{method}, {library}" if library else method,
-            **_style(method, library or OURS),
-        )
-        for method, library in pairs
-    ]
-    _legend(figure, handles, results)
-
-
-def _legend(figure: Figure, handles: list[Line2D], results: Results) -> None:
-    """Below the panels, with the machine and versions as its title."""
-    _, when, where, what = machine.lines(results.header)
-    legend = figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(handles), 4),
-        title=f"{where}\n{what}; {when}",
-        title_fontsize=7,
-        frameon=False,
-    )
-    legend.get_title().set_multialignment("center")
 
 
 def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:

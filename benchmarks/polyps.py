@@ -43,11 +43,13 @@ def images(count: int, size: int, settings: Settings) -> Tensor:
 
 
 def problem(name: str, model: PolypDEQ, pictures: Tensor, settings: Settings) -> Problem:
-    """The model's f on the stage-1 features of the pictures."""
+    """The model's f on the stage-1 features of the pictures; f becomes double precision."""
     model = model.eval().to(settings.device)
     with torch.no_grad():
         features = model.features(pictures.to(settings.device))
-    return make(name, model.deq.f.double(), features.double(), settings)
+    # Solvers are asked for 1e-4 in quick mode.
+    tol = 1e-7 if settings.quick else 1e-9
+    return make(name, model.deq.f.double(), features.double(), settings, tol)
 
 
 def phase_seconds(run: Path) -> dict[str, float]:

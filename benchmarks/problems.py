@@ -49,20 +49,23 @@ class Problem:
         return float((difference / self.exact.double().flatten(1).norm(dim=1)).max())
 
 
-def make(name: str, f: nn.Module, x: Tensor, settings: Settings) -> Problem:
-    """A problem from a map and an input, both in double precision on the CPU."""
+def make(name: str, f: nn.Module, x: Tensor, settings: Settings, tol: float = 1e-9) -> Problem:
+    """A problem from a map and an input, both in double precision on the CPU.
+
+    ``tol`` is the relative residual of z*, far below those that solvers are asked for.
+    """
     f = f.eval().requires_grad_(False).to(settings.device)
     x = x.to(settings.device)
     working = copy.deepcopy(f).to(settings.dtype)
     x_working = x.to(settings.dtype)
     start = torch.zeros_like(x_working)
     # Most of the way in the working precision, in which a PolypDEQ takes a third of the time.
-    near = _solve(working, start, x_working, tol=1e-5)
-    exact = _solve(f, near.double(), x, tol=1e-9)
+    near = _solve(working, start, x_working, tol=3e-6)
+    exact = _solve(f, near.double(), x, tol)
     with torch.no_grad():
         fz = f(exact, x)
     residual = float(((fz - exact).flatten(1).norm(dim=1) / fz.flatten(1).norm(dim=1)).max())
-    if not residual < 1e-8:  # measured by hand, whatever the solver claims
+    if not residual < 10 * tol:  # measured by hand, whatever the solver claims
         raise RuntimeError(f"{name}: z* was not found, residual {residual:.1e}")
     radius = float(spectral_radius(working, exact.to(x_working), (x_working,)).max())
     return Problem(name, working, start, x_working, exact, radius)

@@ -30,12 +30,12 @@ class Settings:
     @property
     def effort(self) -> Effort:
         """How long one paired measurement may take."""
-        return Effort(3, 0.3, 15) if self.quick else Effort(7, 4.0, 51)
+        return Effort(2, 0.2, 15) if self.quick else Effort(7, 4.0, 51)
 
     @property
     def slow_effort(self) -> Effort:
         """The same where a round takes a second and more, beside which the noise is small."""
-        return Effort(2, 0.3, 15) if self.quick else Effort(5, 4.0, 51)
+        return Effort(1, 1.0, 15) if self.quick else Effort(5, 4.0, 51)
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:

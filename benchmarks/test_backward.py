@@ -34,7 +34,7 @@ def test_backward(name: str, settings: Settings, results: Results) -> None:
         runs[place, "forward"] = torch.no_grad()(partial(mode.forward, f, x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        timings = paired(runs, settings.device, settings.slow_effort)
+        timings = paired(runs, settings.device, settings.slow_effort, warm=True)
     memory: dict[str, float] = {}
     if sys.platform == "linux" and name == "convolution":
         memory = peaks(

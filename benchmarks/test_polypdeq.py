@@ -82,7 +82,8 @@ def _solve(run: Path, settings: Settings, results: Results) -> float:
         pictures = polyps.images(1, size, settings)
         name = f"PolypDEQ {size} px, {run.name}"
         problem = polyps.problem(name, copy.deepcopy(model), pictures, settings)
-        measure_work_precision(problem, settings, results, effort=settings.slow_effort)
+        tolerances = TOLERANCES[:4] if settings.quick else TOLERANCES
+        measure_work_precision(problem, settings, results, tolerances, settings.slow_effort)
         radius = max(radius, problem.radius)
     return radius
 

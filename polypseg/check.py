@@ -197,8 +197,8 @@ def as_text(check: Check) -> str:
             for place in (found.first, found.second) if place[0] != TRAIN
         }  # fmt: skip
         lines.append(
-            f"{len(check.duplicates)} pairs of images are the same or nearly so; {len(tested)} test "
-            "images have a twin among the training images"
+            f"{len(check.duplicates)} pairs of images are the same or nearly so; {len(tested)} "
+            "test images have a twin among the training images"
         )
     warnings = len(check.faults) - check.errors
     lines.append(f"{check.errors} errors, {warnings} warnings")

@@ -13,9 +13,9 @@ from PIL import Image
 # Cells of the grid whose neighbours are compared, on a side.
 HASH_SIDE = 16
 HASH_BITS = 2 * HASH_SIDE**2
-# Chosen on the field's 1450 training images: of their 1,045,288 pairs that are not of one video, four
-# are this close, copies of one picture all; the next differ in 83 bits. Of the pairs of neighbouring
-# frames of a video 14 % are: what is found is nearly the same picture, which is less than "of the
+# Chosen on the field's 1450 training images: of their 1,045,288 pairs that are not of one video,
+# four are this close, copies of one picture all; the next differ in 83 bits. Of the pairs of
+# neighbouring frames 14 % are: what is found is nearly the same picture, which is less than "of the
 # same video". Copies that were cropped by 2 % on every side differ in 61 bits at most.
 NEAR_BITS = 72
 ROWS_AT_ONCE = 1024
@@ -52,8 +52,8 @@ class Duplicate:
 def fingerprint(image: np.ndarray) -> Fingerprint:
     """Fingerprint an image (H, W, 3) uint8.
 
-    The perceptual hash is Krawetz's difference hash, taken in both directions: whether the mean grey
-    rises from each cell of a coarse grid to the next one, along the rows and down the columns.
+    The perceptual hash is Krawetz's difference hash, taken in both directions: whether the mean
+    grey rises from each cell of a coarse grid to the next, along the rows and down the columns.
     Scale, compression, brightness and contrast hardly change it.
     """
     height, width = image.shape[:2]

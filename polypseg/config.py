@@ -11,17 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from deqsolvers.backward import BACKWARDS
-from deqsolvers.hypersolver.losses import UNROLLS
-
-ENCODERS = ("b0", "b1", "b2", "b3", "b4", "b5")
-SEGFORMERS = tuple(f"segformer-{size}" for size in ENCODERS)  # these have an explicit phase only
-MODELS = ("polypdeq-add", "polypdeq-res", "mdeq", *SEGFORMERS)
-CLASSES = (1, 3)
-TRAIN_ON = ("split", "all")
-PRECISIONS = ("fp32", "bf16", "fp16")
-INITIALIZERS = ("convolution", "deep")
-CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
+from polypseg.config_limits import out_of_range
 
 
 class ConfigError(ValueError):
@@ -114,12 +104,14 @@ class Config:
 
     def to_yaml(self) -> str:
         """The settings as a file that `load_config` reads back to an equal configuration."""
-        return yaml.safe_dump(_plain(self), sort_keys=False)
+        return yaml.safe_dump(as_settings(self), sort_keys=False)
 
 
-def make_config(changes: Mapping[str, Any] = {}, overrides: Iterable[str] = ()) -> Config:
+def make_config(
+    changes: Mapping[str, Any] = {}, overrides: Iterable[str] = (), *, where: str = ""
+) -> Config:
     """The defaults with ``changes`` (nested, as in a file) and then ``overrides``
-    ("section.key=value").
+    ("section.key=value"); messages begin with ``where``.
 
     Raises:
         ConfigError: names every unknown key, wrong type and value out of range at once.
@@ -138,9 +130,10 @@ def make_config(changes: Mapping[str, Any] = {}, overrides: Iterable[str] = ()) 
         _merge(settings, nested, "", faults)
     config = _build(Config, settings, "", faults)
     if not faults:
-        faults += _out_of_range(config)
+        faults += out_of_range(config)
     if faults:
-        raise ConfigError("the configuration has faults:\n" + "\n".join(f"  {f}" for f in faults))
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise ConfigError(f"{where}the configuration has faults:\n{listed}")
     return config
 
 
@@ -150,6 +143,11 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing, is not YAML, or holds faulty settings.
     """
+    return make_config(read_settings(path), overrides, where=f"{path}: ")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a YAML file holds, unchecked; errors as `load_config`."""
     try:
         settings = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -158,34 +156,18 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(settings, (dict, type(None))):
         raise ConfigError(f"{path}: it must hold settings as 'key: value' lines")
-    try:
-        return make_config(settings or {}, overrides)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return settings or {}
 
 
-# What may change when a run is resumed: how its work is done, not what is computed.
-_FREE = ("data.workers", "explicit.accumulate", "implicit.accumulate")
-
-
-def differences(before: Config, after: Config) -> list[str]:
-    """The settings that keep ``after`` from resuming a run of ``before``, one text each."""
-    old, new = _flat(_plain(before)), _flat(_plain(after))
-    return [
-        f"{key} was {old[key]}, now {new[key]}"
-        for key in old
-        if old[key] != new[key] and key not in _FREE
-    ]
-
-
-def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested settings as "section.key": value."""
+    found = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{where}{key}."))
+            found.update(flat(value, f"{where}{key}."))
         else:
-            flat[where + key] = value
-    return flat
+            found[where + key] = value
+    return found
 
 
 def recipes() -> dict[str, str]:
@@ -266,60 +248,11 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _out_of_range(config: Config) -> list[str]:
-    faults = []
-
-    def check(fine: bool, name: str, value: Any, wanted: str) -> None:
-        if not fine:
-            faults.append(f"{name} must be {wanted}, got {value!r}")
-
-    def one_of(name: str, value: str, known: Iterable[str]) -> None:
-        check(value in known, name, value, f"one of {', '.join(known)}")
-
-    one_of("model.name", config.model.name, MODELS)
-    one_of("model.encoder", config.model.encoder, ENCODERS)
-    check(config.model.classes in CLASSES, "model.classes", config.model.classes, "1 or 3")
-    one_of("data.train_on", config.data.train_on, TRAIN_ON)
-    one_of("explicit.precision", config.explicit.precision, PRECISIONS)
-    one_of("implicit.precision", config.implicit.precision, PRECISIONS)
-    one_of("implicit.solver", config.implicit.solver, CLASSIC_SOLVERS)
-    one_of("hyper.initializer", config.hyper.initializer, INITIALIZERS)
-    one_of("hyper.mode", config.hyper.mode, UNROLLS)
-    one_of("implicit.backward", config.implicit.backward, BACKWARDS)
-    size = config.data.size
-    check(size > 0 and size % 32 == 0, "data.size", size, "a positive multiple of 32")
-    check(all(s > 0 for s in config.data.scales), "data.scales", config.data.scales, "positive")
-    check(bool(config.data.scales), "data.scales", config.data.scales, "at least one number")
-    for name, phase in (
-        ("explicit", config.explicit),
-        ("implicit", config.implicit),
-        ("hyper", config.hyper),
-        ("solve", config.solve),
-        ("data", config.data),
-        ("model", config.model),
-    ):
-        for key, value in vars(phase).items():
-            if key == "workers":
-                check(value >= -1, f"{name}.{key}", value, "at least -1")
-            elif key in ("warm_epochs", "rank", "alternate"):
-                check(value >= 0, f"{name}.{key}", value, "at least 0")
-            elif isinstance(value, int):
-                check(value >= 1, f"{name}.{key}", value, "at least 1")
-            elif key in ("warmup", "ema", "jacobian_share"):
-                check(0 <= value <= 1, f"{name}.{key}", value, "between 0 and 1")
-            elif isinstance(value, float):
-                check(value >= 0, f"{name}.{key}", value, "at least 0")
-    for name, network in (("explicit", config.explicit), ("implicit", config.implicit)):
-        parts, batch = network.accumulate, network.batch
-        whole = f"a divisor of {name}.batch, {batch}"
-        check(parts < 1 or batch % parts == 0, f"{name}.accumulate", parts, whole)
-    check(config.seed >= 0, "seed", config.seed, "at least 0")
-    return faults
-
-
-def _plain(value: Any) -> Any:
+def as_settings(value: Any) -> Any:
+    """A configuration as nested plain values, as a file holds them."""
     if dataclasses.is_dataclass(value):
         return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+            field.name: as_settings(getattr(value, field.name))
+            for field in dataclasses.fields(value)
         }
     return list(value) if isinstance(value, tuple) else value

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from polypseg.config import load_config
 from polypseg.data import Pair, read_image, read_pair
 from polypseg.data.classes import CLASS_NAMES
 from polypseg.evaluation import PROGRAM, Evaluation, earlier_files, write_evaluation
@@ -19,6 +18,7 @@ from polypseg.examples import PICTURES, residual_traces, worst_examples
 from polypseg.predictor import Predictor, available_solvers
 from polypseg.protocols import POLYP, PROTOCOLS, check_protocols, score_result
 from polypseg.report import EVALUATION, write_report
+from polypseg.run_config import load_run_config
 from polypseg.scores import (
     ImageRow,
     by_kind,
@@ -142,7 +142,7 @@ def evaluate_run(
         name: Predictor.from_run(run, name, tol=tol, max_steps=max_steps, device=device)
         for name in names
     }
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run / "config.yaml")
     classes = config.model.classes
     check_protocols(protocols, classes)
     limited = {name: list(pairs[:limit]) for name, pairs in sets.items()}
@@ -175,7 +175,7 @@ def evaluate_run(
 def run_classes(run: Path) -> int:
     """How many classes a run's masks have; 1 where there is no run, which is told elsewhere."""
     path = run / "config.yaml"
-    return load_config(path).model.classes if path.is_file() else 1
+    return load_run_config(path).model.classes if path.is_file() else 1
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

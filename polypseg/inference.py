@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deqsolvers import HandOver
 from polypseg.checkpoint import CheckpointError, load_into
-from polypseg.config import Config, load_config
+from polypseg.config import Config
 from polypseg.models import (
     ImplicitModel,
     Prediction,
@@ -17,6 +17,7 @@ from polypseg.models import (
     build_model,
     build_solver,
 )
+from polypseg.run_config import load_run_config
 
 SOLVERS = ("explicit", "picard", "anderson", "broyden", "hyper")
 
@@ -55,7 +56,7 @@ def load_model(
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: not a run of polypseg-train (it has no config.yaml)")
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run / "config.yaml")
     model = build_model(config.model)
     if solver != "explicit" and not isinstance(model, ImplicitModel):
         raise ValueError(

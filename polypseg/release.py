@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from polypseg.checkpoint import CheckpointError, load_weights, save_weights, write_atomic
-from polypseg.config import load_config
 from polypseg.evaluate import evaluate_run
 from polypseg.evaluation import Evaluation
+from polypseg.run_config import load_run_config
 from polypseg.testsets import NOTES, find_test_sets
 
 PHASES = ("implicit", "hyper")
@@ -61,7 +61,7 @@ def write_card(out: Path, evaluation: Evaluation, data: str) -> None:
         evaluation: of these very weights.
         data: what the model was trained on, in words.
     """
-    config = load_config(out / "config.yaml")
+    config = load_run_config(out / "config.yaml")
     versions = json.loads((out / "versions.json").read_text())
     rows = [
         f"| {row.data} | {row.solver} | {row.protocol} | {row.images} | {100 * row.mDice:.2f} "

@@ -13,15 +13,14 @@ import torch
 
 from polypseg.checkpoint import CheckpointError, remove_unfinished, write_atomic
 from polypseg.config import (
-    SEGFORMERS,
     Config,
     ConfigError,
-    differences,
     load_config,
     load_recipe,
     make_config,
     recipes,
 )
+from polypseg.config_limits import SEGFORMERS
 from polypseg.data import (
     DataError,
     audit_folder,
@@ -34,6 +33,7 @@ from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
 from polypseg.models import build_model, load_pretrained
 from polypseg.network_training import train_explicit, train_implicit
+from polypseg.run_config import added_settings, differences, load_run_config
 from polypseg.runs import ResultsCsv, lock_folder, setup_log, versions
 from polypseg.testsets import audit_test_sets, find_test_sets
 from polypseg.train_arguments import parse
@@ -98,7 +98,12 @@ def _open_run(
         stack.enter_context(lock_folder(folder))
         remove_unfinished(folder)
         log = setup_log(folder / "train.log")
-        write_atomic(folder / "config.yaml", config.to_yaml().encode())
+        file = folder / "config.yaml"
+        for key, value in (added_settings(file) if file.exists() else {}).items():
+            log.info(
+                "config.yaml, of an older version, now also holds %s=%s, as before", key, value
+            )
+        write_atomic(file, config.to_yaml().encode())
         write_atomic(folder / "versions.json", json.dumps(versions(), indent=2).encode())
         results = ResultsCsv(folder / "results.csv", fields(config))
     processes.wait()
@@ -160,11 +165,11 @@ def _config(arguments: argparse.Namespace) -> Config:
     elif recipe is not None:
         config = load_recipe(recipe, arguments.set)
     elif stored is not None and stored.exists():
-        config = load_config(stored, arguments.set)
+        config = load_run_config(stored, arguments.set)
     else:
         config = make_config({}, arguments.set)
     if stored is not None and stored.exists():
-        before = load_config(stored)
+        before = load_run_config(stored)
         changed = differences(before, config)
         if changed:
             raise ConfigError(

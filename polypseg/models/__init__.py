@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from deqsolvers import Anderson, Broyden, HyperSolver, Picard, Solver
-from polypseg.config import CLASSIC_SOLVERS, MODELS, HyperConfig, ModelConfig
+from polypseg.config import HyperConfig, ModelConfig
+from polypseg.config_limits import CLASSIC_SOLVERS, MODELS
 from polypseg.models.base import STRIDE, ImplicitModel, Prediction, SegmentationModel
 from polypseg.models.mdeq import CHANNELS, MDEQ
 from polypseg.models.mit import MixTransformer, load_encoder_weights

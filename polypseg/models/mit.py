@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polypseg.checkpoint import CheckpointError, load_weights
-from polypseg.config import ENCODERS
+from polypseg.config_limits import ENCODERS
 
 # timm's PVTv2 differs from MiT only in the width of the first two stages' MLPs.
 _MLP_RATIOS = (4, 4, 4, 4)

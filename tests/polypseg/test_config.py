@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from polypseg import run_config
 from polypseg.config import ConfigError, load_config, make_config
+from polypseg.run_config import load_run_config
 
 
 def test_every_default_is_set_and_explained() -> None:
@@ -35,6 +37,35 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
     assert config.explicit.lr == 1e-3
+
+
+def test_an_older_run_keeps_its_meaning_where_defaults_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.yaml"
+    stored = yaml.safe_load(make_config({}, ["explicit.ema=0.7"]).to_yaml())
+    del stored["explicit"]["ema"]
+    file.write_text(yaml.safe_dump(stored))
+    with pytest.raises(ConfigError, match=r"config\.yaml: lacks explicit\.ema; .*\.safetensors"):
+        load_run_config(file)
+    # As if explicit.ema had come later, and meant 0.5 before.
+    monkeypatch.setitem(run_config._AS_BEFORE, "explicit.ema", 0.5)
+    assert load_run_config(file) == make_config({}, ["explicit.ema=0.5"])
+    assert load_run_config(file, ["seed=1"]).seed == 1
+
+
+@pytest.mark.parametrize("key", sorted(run_config._AS_BEFORE))
+def test_every_later_setting_may_be_lacking(tmp_path: Path, key: str) -> None:
+    stored = yaml.safe_load(make_config().to_yaml())
+    section, name = key.split(".")
+    del stored[section][name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert getattr(getattr(load_run_config(tmp_path / "config.yaml"), section), name) is not None
+
+
+def test_the_released_models_are_understood() -> None:
+    for file in (Path(__file__).parents[2] / "models").glob("*/config.yaml"):
+        assert load_run_config(file).data.train_on in ("split", "all")
 
 
 def test_all_faults_are_named_at_once() -> None:

@@ -77,7 +77,11 @@ def test_a_resumed_run_may_be_cut_into_parts_but_not_otherwise_changed(
     data: Path, tmp_path: Path
 ) -> None:
     train(tmp_path, data)
+    file = tmp_path / "config.yaml"  # as a version before data.train_on wrote it
+    file.write_text(file.read_text().replace("  train_on: split\n", ""))
     train(tmp_path, data, "explicit.accumulate=2")
+    assert "now also holds data.train_on=split, as before" in (tmp_path / "train.log").read_text()
+    assert "train_on: split" in file.read_text()
     with pytest.raises(ConfigError, match=r"explicit\.lr was 0\.0006, now 0\.1"):
         train(tmp_path, data, "explicit.lr=0.1")
 

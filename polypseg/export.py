@@ -23,10 +23,10 @@ from polypseg.data import normalize
 from polypseg.inference import load_model
 from polypseg.predictor import available_solvers
 from polypseg.runs import versions
+from polypseg.unrolled import DECOMPOSITIONS
 
 PROGRAM = "polypseg-export"
 FORMATS = {".onnx": "ONNX", ".pt2": "torch.export"}
-ONNX_SOLVERS = ("explicit", "picard", "hyper")
 # Largest difference of a probability that an export may show.
 TOLERANCE = 1e-3
 
@@ -76,8 +76,8 @@ def export_run(
     Args:
         run: a directory that `polypseg-train` wrote.
         out: `*.onnx` or `*.pt2` (torch.export); an existing file is replaced.
-        solver: if None, the run's best. ONNX has no triangular systems, so there it is one of
-            explicit, picard and hyper.
+        solver: if None, the run's best. For ONNX, which has no linear solves, those of Anderson and
+            Broyden are written out.
         steps: of the solver; if None, those of the HyperSolver in the run's settings.
 
     Returns:
@@ -91,11 +91,6 @@ def export_run(
     if out.suffix not in FORMATS:
         raise ValueError(f"out must end in {' or '.join(FORMATS)}, got {str(out)!r}")
     solver = available_solvers(run)[-1] if solver is None else solver
-    if out.suffix == ".onnx" and solver not in ONNX_SOLVERS:
-        raise ValueError(
-            f"ONNX cannot express the solver {solver!r}; choose one of {', '.join(ONNX_SOLVERS)}, "
-            "or export to .pt2"
-        )
     model: Any
     model, config = load_model(run, solver)
     steps = _steps(solver, steps, config)
@@ -113,6 +108,7 @@ def export_run(
         with torch.no_grad(), _quiet():
             program = torch.export.export(FixedSteps(model, steps).eval(), (images[0],))
             if out.suffix == ".onnx":
+                program = program.run_decompositions(DECOMPOSITIONS)
                 exported = torch.onnx.export(
                     program, dynamo=True, input_names=["images"], output_names=["probabilities"]
                 )
@@ -204,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--solver",
         metavar="NAME",
-        help="explicit, picard, hyper and, for .pt2, anderson or broyden; default: the run's best",
+        help="explicit, picard, anderson, broyden or hyper; default: the run's best",
     )
     parser.add_argument(
         "--steps", type=int, metavar="N", help="solver steps; default: the run's own, for hyper"

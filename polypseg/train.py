@@ -37,7 +37,7 @@ from polypseg.run_config import added_settings, differences, load_run_config
 from polypseg.runs import ResultsCsv, lock_folder, setup_log, versions
 from polypseg.testsets import audit_test_sets, find_test_sets
 from polypseg.train_arguments import parse
-from polypseg.training_run import PHASES, Run, fields, tensorboard
+from polypseg.training_run import PHASES, Run, fields, summary_writer
 from polypseg.validation import Validation
 
 
@@ -90,6 +90,7 @@ def _open_run(
     The run directory stays locked until ``stack`` is left.
     """
     folder: Path = arguments.run
+    writer = summary_writer() if arguments.tensorboard else None
     if processes.first:
         data = _data(arguments)
         # Whatever is wrong is an error before anything is written.
@@ -123,7 +124,7 @@ def _open_run(
     validation = Validation(
         split.val, config.data.size, config.hyper.batch, classes=config.model.classes
     )
-    board = tensorboard(folder) if arguments.tensorboard and processes.first else None
+    board = writer(folder / "tensorboard") if writer and processes.first else None
     run = Run(folder, config, split, validation, device, results, log, processes, board)
     return run, data
 

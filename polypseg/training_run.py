@@ -47,8 +47,8 @@ def fields(config: Config) -> list[str]:
     return FIELDS + (CLASS_FIELDS if config.model.classes > 1 else [])
 
 
-def tensorboard(folder: Path) -> Any:
-    """A TensorBoard writer into a folder of the run.
+def summary_writer() -> Any:
+    """The class that writes for TensorBoard.
 
     Raises:
         ValueError: the package is not installed.
@@ -57,7 +57,7 @@ def tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ValueError("--tensorboard needs a package: pip install tensorboard") from error
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter
 
 
 @dataclass

@@ -1,11 +1,9 @@
 """Checkpoints: what is written comes back, and no fault costs a file that was good."""
 
-import errno
 import os
 import pickle
 import signal
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from torch import nn
 from polypseg import checkpoint
 from polypseg.checkpoint import (
     CheckpointError,
-    OutOfSpaceError,
     load_into,
     load_latest,
     load_state,
@@ -49,39 +46,6 @@ def test_atomic_write_respects_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_keeps_the_old_files_and_says_what_was_needed(tmp_path, monkeypatch, code):
-    path, previous = tmp_path / "file", tmp_path / "before"
-    write_atomic(path, b"old")
-
-    def full(descriptor):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OutOfSpaceError, match=r"12,345 bytes \([\d,]+ are free") as caught:
-        write_atomic(path, bytes(12345), keep_as=previous)
-    assert caught.value.errno == code
-    assert str(path) in str(caught.value)
-    assert path.read_bytes() == b"old"
-    assert files(tmp_path) == ["file"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_full_disk_seen_by_the_write_itself(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def open_full_disk(name, mode):
-        Path(name).touch()
-        return open("/dev/full", "wb")
-
-    monkeypatch.setattr(checkpoint, "open", open_full_disk, raising=False)
-    with pytest.raises(OutOfSpaceError):
-        write_atomic(path, bytes(10))
-    assert path.read_bytes() == b"old"
-    assert files(tmp_path) == ["file"]
 
 
 def test_other_failures_leave_no_temporary_file(tmp_path, monkeypatch):
@@ -265,20 +229,6 @@ def test_truncated_last_falls_back_to_previous_and_says_so(tmp_path, share):
     (tmp_path / "previous.pt").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)last\.pt: .*previous\.pt: "):
         load_latest(tmp_path)
-
-
-def test_full_disk_while_rotating_keeps_both_files(tmp_path, monkeypatch):
-    for epoch in (1, 2):
-        save_state(tmp_path / "last.pt", {"epoch": epoch}, keep_previous=True)
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OutOfSpaceError):
-        save_state(tmp_path / "last.pt", {"epoch": 3}, keep_previous=True)
-    assert load_state(tmp_path / "last.pt") == {"epoch": 2}
-    assert load_state(tmp_path / "previous.pt") == {"epoch": 1}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")

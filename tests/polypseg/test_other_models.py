@@ -9,6 +9,7 @@ from polypseg import cli
 from polypseg.checkpoint import save_weights
 from polypseg.config import make_config
 from polypseg.data import read_image
+from polypseg.export import export_run
 from polypseg.models import build_model
 from polypseg.predictor import Predictor
 
@@ -41,6 +42,16 @@ def test_both_are_evaluated_and_compared(runs, synthetic_data, capsys):
     assert float(solvers["anderson"]["residual_median"]) > 0
     assert cli.compare([str(runs / "segformer-b0"), str(runs / "mdeq")]) == 0
     assert "A: explicit of" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "solver", "steps"), [("mdeq", "anderson", 2), ("segformer-b0", "explicit", None)]
+)
+def test_both_are_exported(runs, tmp_path, name, solver, steps):
+    record = export_run(runs / name, tmp_path / "model.pt2", solver, steps)
+    assert record["largest_difference"] < 1e-5
+    assert (tmp_path / "model.pt2").stat().st_size > 0
 
 
 def test_the_states_of_mdeq_start_the_next_frame(runs, synthetic_data):

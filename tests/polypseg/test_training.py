@@ -144,6 +144,28 @@ def test_a_checkpoint_of_another_model_is_refused(data: Path, tmp_path: Path) ->
         train(tmp_path / "polypdeq", data, phases="implicit")
 
 
+def test_tensorboard_holds_every_epoch(data: Path, tmp_path: Path) -> None:
+    """Skipped where it is not installed, which is no part of a development environment."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tmp_path, data, "--tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "val_dice"):
+        scalars = events.Scalars(f"explicit/{name}")
+        assert [each.step for each in scalars] == [1, 2]
+        expected = [float(row[name]) for row in rows(tmp_path)]
+        assert [each.value for each in scalars] == pytest.approx(expected)
+
+
+def test_without_tensorboard_nothing_is_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(ValueError, match="--tensorboard needs a package: pip install tensorboard"):
+        train(tmp_path / "run", data, "--tensorboard")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["mdeq", "segformer-b0"])
 def test_other_networks_train(data: Path, tmp_path: Path, name: str) -> None:
     implicit = ["implicit.epochs=1", "implicit.batch=4", "hyper.epochs=1", "hyper.steps=2"]

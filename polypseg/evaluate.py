@@ -25,6 +25,7 @@ from polypseg.scores import (
     summarise,
     text_table,
 )
+from polypseg.solver_arguments import add_solver_arguments
 from polypseg.testsets import NOTES, audit_test_sets, find_test_sets
 
 WARM_UP = 2
@@ -240,18 +241,9 @@ def _parser() -> argparse.ArgumentParser:
         "default: RUN/evaluation, and then RUN/report.html is written too",
     )
     parser.add_argument(
-        "--tol", type=float, help="relative residual to stop at; default: the run's own"
-    )
-    parser.add_argument(
-        "--max-steps",
-        type=int,
-        metavar="N",
-        help="most solver steps, and the steps of hyper; default: the run's own",
-    )
-    parser.add_argument(
         "--limit", type=int, metavar="N", help="use only the first N images of each folder"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
+    add_solver_arguments(parser)
     return parser
 
 

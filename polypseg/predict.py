@@ -21,6 +21,7 @@ from polypseg.predictor import Predictor, available_solvers
 from polypseg.released import released_run
 from polypseg.runs import versions
 from polypseg.scores import json_values, to_csv
+from polypseg.solver_arguments import add_solver_arguments
 from polypseg.sources import find_sources
 from polypseg.video import FrameRow, Saving, predict_video
 
@@ -99,14 +100,7 @@ def predict_files(predictor: Predictor, sources: Sequence[Path | str], out: Path
                 width=mask.shape[1],
                 height=mask.shape[0],
                 polyps=len(boxes[-1]),
-                polyp_pixels=int(mask.sum()),
-                polyp_share=float(mask.mean()),
-                max_probability=float(result.probability.max()),
-                steps=result.steps,
-                evaluations=result.evaluations,
-                residual=result.residual,
-                status=result.status,
-                seconds=result.seconds,
+                **result.as_row(),
             )
         )
     found = {video: predict_video(predictor, video, out) for video in videos}
@@ -179,16 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         help="explicit, picard, anderson, broyden or hyper; default: hyper, else anderson, else "
         "explicit, by what the run has weights for",
     )
-    parser.add_argument(
-        "--tol", type=float, help="relative residual to stop at; default: the run's own"
-    )
-    parser.add_argument(
-        "--max-steps",
-        type=int,
-        metavar="N",
-        help="most solver steps, and the steps of hyper; default: the run's own",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
+    add_solver_arguments(parser)
     return parser
 
 

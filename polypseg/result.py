@@ -56,6 +56,20 @@ class Result:
         """(H, W) bool: where a polyp of any class is marked."""
         return self.labels > 0
 
+    def as_row(self) -> dict[str, Any]:
+        """What the tables of images and of frames both say: the mask, and how it was solved."""
+        mask = self.mask
+        return {
+            "polyp_pixels": int(mask.sum()),
+            "polyp_share": float(mask.mean()),
+            "max_probability": float(self.probability.max()),
+            "steps": self.steps,
+            "evaluations": self.evaluations,
+            "residual": self.residual,
+            "status": self.status,
+            "seconds": self.seconds,
+        }
+
 
 @dataclass(frozen=True)
 class Frame:

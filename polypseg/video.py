@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -149,28 +150,15 @@ def saving(rows: list[FrameRow]) -> Saving:
 
 
 def _row(number: int, time: float, result: Result, cold: Result | None) -> FrameRow:
-    mask = result.mask
-    measured = {}
+    measured: dict[str, Any] = {}
     if cold is not None:
         measured = {
             "cold_evaluations": float(cold.evaluations),
             "cold_seconds": cold.seconds,
             "cold_residual": cold.residual,
-            "cold_dice": Confusion.from_masks(mask, cold.mask).dice,
+            "cold_dice": Confusion.from_masks(result.mask, cold.mask).dice,
         }
-    return FrameRow(
-        frame=number,
-        time=time,
-        polyp_pixels=int(mask.sum()),
-        polyp_share=float(mask.mean()),
-        max_probability=float(result.probability.max()),
-        steps=result.steps,
-        evaluations=result.evaluations,
-        residual=result.residual,
-        status=result.status,
-        seconds=result.seconds,
-        **measured,
-    )
+    return FrameRow(frame=number, time=time, **result.as_row(), **measured)
 
 
 @contextmanager

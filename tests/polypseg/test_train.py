@@ -96,36 +96,6 @@ def test_a_finished_run_is_left_alone(run: Path, data: Path) -> None:
     assert len(rows(run)) == 11
 
 
-def test_a_run_resumed_after_an_epoch_ends_bit_equal(
-    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = [str(tmp_path), "--data", str(data), "--no-evaluate", *TINY]
-    explicit = [*arguments, "--phases", "explicit"]
-
-    class Killed(BaseException):
-        pass
-
-    import polypseg.network_training as module
-
-    original = module.save_state
-
-    def save_and_die(path: Path, state: dict, **options: bool) -> None:
-        original(path, state, **options)
-        if state["epoch"] == 3:
-            raise Killed
-
-    monkeypatch.setattr(module, "save_state", save_and_die)
-    with pytest.raises(Killed):
-        main(explicit)
-    monkeypatch.setattr(module, "save_state", original)
-    assert main(explicit) == 0
-    uninterrupted, _ = load_weights(run / "explicit.safetensors")
-    resumed, _ = load_weights(tmp_path / "explicit.safetensors")
-    assert uninterrupted.keys() == resumed.keys()
-    assert all(torch.equal(uninterrupted[key], resumed[key]) for key in resumed)
-    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3", "4", "5", "6"]
-
-
 def test_a_run_is_not_continued_with_other_settings(run: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match="started with other settings"):
         main([str(run), "--data", str(data), "explicit.epochs=7"])

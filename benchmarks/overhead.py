@@ -97,9 +97,12 @@ def measure(
     theirs = _torchdeq(method, memory)
     if theirs is not None:
         functions["torchdeq"] = lambda: theirs(f, z0)
-    # Where a round takes seconds it is not warmed: the median of three passes over the first.
-    slow = z0.numel() > 1_000_000 and settings.quick
-    effort = Effort(3, 0, 3) if slow else settings.effort
+    effort = settings.effort
+    slow = settings.quick and z0.numel() > 1_000_000
+    if slow:  # torchdeq takes seconds, of which it gets no more than it needs
+        effort = Effort(2, 0, 2)
+        for name in ("ours", "f", "copy"):
+            functions[name]()
     timings = paired(functions, settings.device, effort, warm=slow)
     step = 1 / STEPS
     found = theirs is not None

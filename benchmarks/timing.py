@@ -51,6 +51,11 @@ class Timings:
 
     seconds: Mapping[Hashable, list[float]]
 
+    @property
+    def round_seconds(self) -> float:
+        """Of the first round."""
+        return sum(seconds[0] for seconds in self.seconds.values())
+
     def of(self, name: Hashable) -> Quartiles:
         return Quartiles.of(self.seconds[name])
 

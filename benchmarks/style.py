@@ -104,6 +104,7 @@ def legend(figure: Figure, handles: list[Line2D], results: Results) -> None:
         loc="outside lower center",
         ncols=min(len(handles), 4),
         title=f"{where}\n{what}; {when}",
+        fontsize=8,
         title_fontsize=7,
         frameon=False,
     )

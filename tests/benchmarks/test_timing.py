@@ -41,6 +41,10 @@ def test_a_denominator_lost_in_noise_gives_an_infinite_ratio() -> None:
     assert timings.ratio("a", "b", "base").median == math.inf
 
 
+def test_the_first_round_takes_what_its_functions_take_together() -> None:
+    assert Timings({"a": [2.0, 9.0], "b": [0.5, 9.0]}).round_seconds == 2.5
+
+
 def test_a_share_is_of_the_time_beyond_the_base() -> None:
     timings = Timings({"copy": [1.0, 1.0], "solve": [5.0, 3.0], "f": [1.0, 1.0]})
     assert timings.share("copy", "solve", "f") == Quartiles.of([0.25, 0.5])

@@ -19,13 +19,16 @@ from polypseg.examples import TRACED_EVALUATIONS
 from polypseg.plots import residual_plot
 from polypseg.predict import find_polyps
 from polypseg.predictor import Predictor, available_solvers
-from polypseg.released import released_run
+from polypseg.released import released_run, sample_images
 from polypseg.report import DISCLAIMER
 
 if TYPE_CHECKING:
     import gradio
 
 SMALLEST_SIDE = 32
+SAMPLE_SOURCE = (
+    "Samples: Kvasir-SEG test images, part of HyperKvasir (Borgli et al. 2020), CC BY 4.0"
+)
 HEADER = ("solver", "polyps", "polyp area", "evaluations of f", "residual", "status", "seconds")
 
 
@@ -100,12 +103,15 @@ def answer(predictors: Mapping[str, Predictor], file: Path | str | None) -> Answ
     )
 
 
-def build_page(predictors: Mapping[str, Predictor], title: str) -> gradio.Blocks:
+def build_page(
+    predictors: Mapping[str, Predictor], title: str, samples: Sequence[Path] = ()
+) -> gradio.Blocks:
     """Lay out the page; needs gradio, and asks nothing of other machines.
 
     Args:
         predictors: as `answer` takes them.
         title: what the page says is shown.
+        samples: images to try, of Kvasir-SEG; a click on one segments it.
     """
     # gradio reads it while it is imported and again at the launch.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -120,6 +126,9 @@ def build_page(predictors: Mapping[str, Predictor], title: str) -> gradio.Blocks
             # Empty fields, for an older image's mask must not stand beside a new one.
             return f"**{error}**", None, None, [], None
         return "", found.contour, found.mask, found.rows, found.curves
+
+    def take(index: int) -> tuple[object, ...]:
+        return str(samples[index]), *show(str(samples[index]))
 
     # gradio's button "share" would send the picture to a public site.
     output: dict[str, Any] = {
@@ -138,6 +147,12 @@ def build_page(predictors: Mapping[str, Predictor], title: str) -> gradio.Blocks
             image.preprocess = lambda upload: None if upload is None else upload.path
             contour = gradio.Image(label=f"Contour ({last})", **output)
             mask = gradio.Image(label=f"Mask ({last})", **output)
+        offered: Any = None
+        if samples:
+            offered = gradio.Dataset(
+                components=[image], samples=[[str(sample)] for sample in samples], type="index",
+                label=SAMPLE_SOURCE, samples_per_page=len(samples),
+            )  # fmt: skip
         message = gradio.Markdown()
         button = gradio.Button("Find polyps", variant="primary")
         table = gradio.Dataframe(headers=list(HEADER), label="Solvers", interactive=False)
@@ -146,6 +161,8 @@ def build_page(predictors: Mapping[str, Predictor], title: str) -> gradio.Blocks
         shown = [message, contour, mask, table, curves]
         for event in (image.upload, image.clear, button.click):
             event(show, image, shown, api_visibility="private")
+        if samples:
+            offered.click(take, offered, [image, *shown], api_visibility="private")
     return page
 
 
@@ -173,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     run = released_run() if options.run is None else options.run
     predictors = {solver: Predictor.from_run(run, solver) for solver in available_solvers(run)}
-    page = build_page(predictors, f"polypseg: {run.resolve().name}")
+    page = build_page(predictors, f"polypseg: {run.resolve().name}", sample_images())
     _, address, _ = page.launch(
         share=False, quiet=True, prevent_thread_lock=True, footer_links=[], run_history=False
     )

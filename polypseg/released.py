@@ -1,13 +1,18 @@
-"""Where the released model lies."""
+"""What lies beside the package in a clone of the repository: the released model, sample images.
+
+A wheel brings neither.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from polypseg.checkpoint import CheckpointError
+from polypseg.data import list_images
 
-# Beside the package in a clone of the repository; a wheel does not bring it.
-RELEASED = Path(__file__).parents[1] / "models" / "polypdeq-add"
+_CLONE = Path(__file__).parents[1]
+RELEASED = _CLONE / "models" / "polypdeq-add"
+SAMPLES = _CLONE / "samples" / "images"
 
 
 def released_run() -> Path:
@@ -22,3 +27,8 @@ def released_run() -> Path:
             "models/); name a run directory with --run"
         )
     return RELEASED
+
+
+def sample_images() -> list[Path]:
+    """The sample images, in the order of `find_pairs`; none in an installation without them."""
+    return list_images(SAMPLES) if SAMPLES.is_dir() else []

@@ -1,8 +1,9 @@
 """Draws docs/pictures/predictions.jpg: a trained run's predictions on four Kvasir-SEG test images.
 
-Usage: python docs/pictures/make_predictions.py RUN DATA
+Usage: python docs/pictures/make_predictions.py RUN
 
-The images are every 25th of TestDataset/Kvasir in the order of their names: no choice by result.
+The images are every second one in samples/, which is every 25th test image by name: no choice by
+result.
 """
 
 import io
@@ -16,11 +17,13 @@ from polypseg.examples import Example, contact_sheet
 from polypseg.metrics import score_masks
 from polypseg.predictor import Predictor
 
+SAMPLES = Path(__file__).parents[2] / "samples"
 
-def main(run: Path, data: Path) -> None:
+
+def main(run: Path) -> None:
     predictor = Predictor.from_run(run)
     examples = []
-    for pair in find_pairs(data / "TestDataset" / "Kvasir")[::25]:
+    for pair in find_pairs(SAMPLES)[::2]:
         image, mask = read_pair(pair)
         truth, prediction = mask.astype(bool), predictor.predict(image).mask
         dice = score_masks(prediction, truth).dice
@@ -30,4 +33,4 @@ def main(run: Path, data: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

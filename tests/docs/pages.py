@@ -9,7 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/**/*.md", "results/*.md", "examples/*.md", "benchmarks/*.md")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "results/*.md",
+        "examples/*.md",
+        "benchmarks/*.md",
+        "samples/*.md",
+    )
     for page in ROOT.glob(pattern)
     if "_build" not in page.parts
 )

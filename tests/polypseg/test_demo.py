@@ -15,8 +15,10 @@ from PIL import Image
 
 from polypseg import demo
 from polypseg.data import find_pairs, read_image
+from polypseg.demo import SAMPLE_SOURCE
 from polypseg.drawing import overlay
 from polypseg.predictor import Predictor, available_solvers
+from polypseg.released import sample_images
 from tests.polypseg.browser import BROWSER, Browser
 
 
@@ -115,7 +117,8 @@ def address(tiny_run, tmp_path):
             server.send_signal(signal.SIGINT)
             server.communicate(timeout=30)
     assert "Traceback" not in errors.read_text()
-    assert not [each for each in (tmp_path / "uploads").rglob("*") if each.is_file()]
+    left = [each for each in (tmp_path / "uploads").rglob("*") if each.is_file()]
+    assert {each.name for each in left} <= {each.name for each in sample_images()}
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt install chromium)")
@@ -126,16 +129,25 @@ def test_the_page_in_a_browser(address, photo, tmp_path):
         browser.call("Page.navigate", url=address)
         browser.wait_for("document.querySelector('input[type=file]')")
         press = "[...document.querySelectorAll('button')].find(b => b.innerText == 'Find polyps')"
+        browser.wait_for(press)
         browser.run(f"{press}.click()")
         browser.wait_for("document.body.innerText.includes('There is no image yet')")
         browser.choose_file("input[type=file]", photo)
-        loaded = "[...document.images].filter(i => i.complete && i.naturalWidth > 0)"
-        browser.wait_for(f"{loaded}.length >= 4")  # the image, contour, mask and curves
+        of_size = (
+            "[...document.images].filter(i => i.complete"
+            " && i.naturalWidth == {} && i.naturalHeight == {}).length"
+        )
+        browser.wait_for(f"{of_size.format(80, 80)} == 3")  # the image, contour and mask
+        browser.wait_for("document.body.innerText.includes('anderson')")
         text = browser.run("document.body.innerText")
         for word in ("hyper", "broyden", "anderson", "EXPLICIT", "Research use only"):
             assert word in text
-        sizes = browser.run(f"{loaded}.map(i => [i.naturalWidth, i.naturalHeight])")
-        assert sizes.count([80, 80]) == 3
+        assert SAMPLE_SOURCE in text
+        with Image.open(sample_images()[0]) as sample:
+            of_sample = of_size.format(*sample.size)
+        assert browser.run(of_sample) == 1  # where it is offered
+        browser.run("document.querySelector('.gallery-item').click()")
+        browser.wait_for(f"{of_sample} == 4")
         # It would send the picture to a public site.
         assert browser.run("document.querySelectorAll('[aria-label=Share]').length") == 0
         browser.run("document.querySelector('[aria-label=\"Remove Image\"]').click()")

@@ -1,0 +1,131 @@
+"""Writes the figures of measured results into the pages that show them.
+
+Usage: python results/pages.py [--check]
+
+Between the lines <!-- NAME: ... --> and <!-- NAME end --> of README.md and docs/hypersolver.md
+stands what this script makes of the CSV files in results/, so that no figure is typed by hand. With
+--check nothing is written, and the exit code is 1 where a page is stale.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import yaml
+
+from polypseg.config import make_config
+from polypseg.paper import SETS, TABLE_2
+from polypseg.scores import SummaryRow, read_rows
+
+RESULTS = Path(__file__).parent
+ROOT = RESULTS.parent
+RUN = "polypdeq-add-256"  # the run whose figures the README shows
+SOLVERS = {
+    "explicit": "explicit, one evaluation",
+    "broyden": "implicit, Broyden",
+    "anderson": "implicit, Anderson",
+    "hyper": "HyperSolver",
+}
+
+
+def readme() -> str:
+    """Accuracy and time of the run, beside the paper."""
+    run = RESULTS / RUN
+    rows = read_rows(run / "evaluation" / "summary.csv", SummaryRow)
+    found = {(row.data, row.solver): row for row in rows if row.protocol == "default"}
+    lines = [
+        "| | Kvasir Dice | ClinicDB Dice | seconds an image (Kvasir) | evaluations of f "
+        "| residual, median (worst) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for solver, words in SOLVERS.items():
+        kvasir, clinic = found["Kvasir", solver], found["CVC-ClinicDB", solver]
+        residual = f"{kvasir.residual_median:.0e} ({kvasir.residual_worst:.1e})"
+        residual = "" if solver == "explicit" else residual.replace("e-0", "e-")
+        lines.append(
+            f"| {words} | {100 * kvasir.mDice:.1f} | {100 * clinic.mDice:.1f} "
+            f"| {kvasir.seconds_median:.3f} | {kvasir.evaluations_mean:.3g} | {residual} |"
+        )
+    config = make_config(yaml.safe_load((run / "config.yaml").read_text()))
+    with (run / "results.csv").open(newline="") as file:
+        last = {row["phase"]: row for row in csv.DictReader(file)}
+    epochs = " + ".join(row["epoch"] for row in last.values())
+    text = f"All three phases at {config.data.size} px, {epochs} epochs:\n\n" + "\n".join(lines)
+    closing = ""
+    if config.data.train_on != "all":  # else the network has seen the validation images
+        dice = {phase: 100 * float(row["val_dice"]) for phase, row in last.items()}
+        closing = (
+            f"On the validation images the Dice is {dice['explicit']:.1f} explicit, "
+            f"{dice['implicit']:.1f} implicit and {dice['hyper']:.1f} with the HyperSolver. "
+        )
+    paper = dict(zip(SETS, TABLE_2["HyperPolypDEQ"], strict=True))
+    published = [paper[data][0] for data in ("Kvasir", "CVC-ClinicDB")]
+    own = [100 * found[data, "hyper"].mDice for data in ("Kvasir", "CVC-ClinicDB")]
+    change = [f"{a - b:+.1f}".replace("-", "−") for a, b in zip(own, published, strict=True)]
+    closing += (
+        f"The paper's HyperPolypDEQ reaches {published[0]} and {published[1]} after 100 + 100 + 8 "
+        f"epochs on a GPU; ours differs from it by {change[0]} and {change[1]}."
+    )
+    command = (
+        "```sh\npolypseg-train runs/mine --data DATA --encoder-weights mit_b0_ade20k.safetensors "
+        f"--config results/{RUN}/config.yaml\npolypseg-evaluate runs/mine --data DATA\n```"
+    )
+    return "\n\n".join([text, textwrap.fill(closing, 105), command])
+
+
+def hypersolver() -> str:
+    """Mean distances to z* on every polyp model in results/hypersolver."""
+    counts = {"HyperSolver": (1, 2, 3), "Anderson": (1, 2, 3, 4, 6)}
+    head = [f"{solver} {count}" for solver, each in counts.items() for count in each]
+    lines = [f"| model | spectral radius | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
+    for path in sorted(RESULTS.glob("hypersolver/*/curves.csv")):
+        with path.open(newline="") as file:
+            distance = {
+                (row["solver"], int(row["evaluations"])): float(row["distance"])
+                for row in csv.DictReader(file)
+            }
+        radius = json.loads(path.with_suffix(".json").read_text())["spectral_radius"]["mean"]
+        cells = [f"{distance[s, n]:.3f}" for s, each in counts.items() for n in each]
+        lines.append(f"| `{path.parent.name}` | {radius:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "results": (ROOT / "README.md", readme),
+    "distances": (ROOT / "docs" / "hypersolver.md", hypersolver),
+}
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """The page with `text` between the marks of `name`.
+
+    Raises:
+        ValueError: the page lacks the marks.
+    """
+    marks = re.compile(rf"(<!-- {name}: [^\n]* -->\n).*?(\n<!-- {name} end -->)", re.DOTALL)
+    new, count = marks.subn(lambda found: found[1] + text + found[2], page)
+    if count != 1:
+        raise ValueError(f"<!-- {name}: ... --> and <!-- {name} end --> must stand there once")
+    return new
+
+
+def main(check: bool) -> int:
+    stale = 0
+    for name, (path, make) in TABLES.items():
+        page = path.read_text(encoding="utf-8")
+        new = filled(page, name, make())
+        if new != page:
+            stale = 1
+            print(f"{path.relative_to(ROOT)}: {'stale' if check else 'written'}")
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    return stale if check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

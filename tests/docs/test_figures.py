@@ -1,0 +1,44 @@
+"""The figures on the pages are those of the measurements in results/."""
+
+import csv
+import importlib.util
+from types import ModuleType
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("result_pages", ROOT / "results" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_page_is_stale(tables: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    assert tables.main(check=True) == 0, f"{capsys.readouterr().out}: python results/pages.py"
+
+
+def test_the_dice_shown_is_the_mean_of_the_images(tables: ModuleType) -> None:
+    """From the rows of the images, which the script does not read."""
+    images = ROOT / "results" / tables.RUN / "evaluation" / "Kvasir-hyper.csv"
+    with images.open(newline="") as file:
+        dice = [
+            float(row["dice"])
+            for row in csv.DictReader(file)
+            if (row["protocol"], row["target"]) == ("default", "polyp")
+        ]
+    line = next(line for line in tables.readme().splitlines() if line.startswith("| HyperSolver"))
+    shown = float(line.split("|")[2])
+    assert abs(shown - 100 * sum(dice) / len(dice)) < 0.051
+
+
+def test_a_stale_page_is_seen(tables: ModuleType) -> None:
+    page = "a\n<!-- x: made -->\nold\n<!-- x end -->\nb\n"
+    assert tables.filled(page, "x", "new") == page.replace("old", "new")
+    with pytest.raises(ValueError, match="must stand there once"):
+        tables.filled(page, "y", "new")

@@ -147,7 +147,6 @@ def build_page(
             image.preprocess = lambda upload: None if upload is None else upload.path
             contour = gradio.Image(label=f"Contour ({last})", **output)
             mask = gradio.Image(label=f"Mask ({last})", **output)
-        offered: Any = None
         if samples:
             offered = gradio.Dataset(
                 components=[image], samples=[[str(sample)] for sample in samples], type="index",

@@ -99,7 +99,9 @@ def test_without_gradio_the_extra_is_named(tiny_run):
 @pytest.fixture
 def address(tiny_run, tmp_path):
     """The page served by the command itself, which has to end in peace."""
-    code = f"import sys; from polypseg import cli; sys.exit(cli.demo(['--run', {str(tiny_run)!r}]))"
+    # A shell's background jobs, and what they start, ignore the interrupt.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"from polypseg import cli; sys.exit(cli.demo(['--run', {str(tiny_run)!r}]))"
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
     errors = tmp_path / "errors.txt"
     with (

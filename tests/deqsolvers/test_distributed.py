@@ -1,18 +1,14 @@
 """Gradients under DistributedDataParallel: two processes give those of one."""
 
-import gc
-import os
-import socket
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deqsolvers import DEQ, Implicit
 from tests.deqsolvers.maps import TanhMap, normal
+from tests.two_processes import run_in_two
 
 
 class Model(nn.Module):
@@ -38,27 +34,14 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def work(rank: int, port: int, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def work(rank: int) -> list[torch.Tensor]:
     model = DistributedDataParallel(Model())
     model(samples()[3 * rank : 3 * rank + 3]).square().mean().backward()
-    if rank == 0:
-        torch.save(gradients(model), out)
-    # A process that leaves while the other still talks to it makes that one abort.
-    del model
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # torch's threads now and then abort while an interpreter shuts down
+    return gradients(model)
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = tmp_path / "gradients.pt"
-    mp.spawn(work, (port, str(out)), nprocs=2)
-    found = torch.load(out, weights_only=True)
+    found = run_in_two(work, tmp_path)
     model = Model()
     model(samples()).square().mean().backward()
     expected = gradients(model)

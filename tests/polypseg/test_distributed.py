@@ -1,14 +1,9 @@
 """Training in two processes: the gradients and batch statistics of one."""
 
-import gc
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +11,7 @@ from polypseg.config import make_config
 from polypseg.distributed import SharedBatchNorm2d, choose_device, share_batch_statistics
 from polypseg.models import build_model
 from polypseg.objective import Objective
+from tests.two_processes import run_in_two
 
 CONFIG = make_config(overrides=["implicit.tol=1e-6", "implicit.max_steps=60"])
 IMAGES = 4
@@ -43,32 +39,19 @@ def result(module: nn.Module, part: slice, solves: bool) -> dict[str, torch.Tens
     return {k.removeprefix("module."): v for k, v in (gradients | buffers).items()}
 
 
-def work(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def work(rank: int) -> list[dict[str, torch.Tensor]]:
     found = []
     for solves in (False, True):
         single = objective()
         share_batch_statistics(single)
-        model = DistributedDataParallel(single)
         half = IMAGES // 2
-        found.append(result(model, slice(half * rank, half * rank + half), solves))
-    if rank == 0:
-        torch.save(found, out)
-    # A process that leaves while the other still talks to it makes that one abort.
-    del model, single
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # torch's threads now and then abort while an interpreter shuts down
+        part = slice(half * rank, half * rank + half)
+        found.append(result(DistributedDataParallel(single), part, solves))
+    return found
 
 
 def test_two_processes_give_the_gradients_and_statistics_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path / "found.pt")), nprocs=2)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    found = run_in_two(work, tmp_path)
     for solves, two in zip((False, True), found, strict=True):
         one = result(objective(), slice(None), solves)
         assert two.keys() == one.keys()

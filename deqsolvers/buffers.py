@@ -22,13 +22,12 @@ class Buffers:
 
     def __init__(self) -> None:
         self._own: list[tuple[Tensor, int]] = []  # with the owners its storage has when unused
+        self._in_place = _COUNTS and may_overwrite()
 
     def like(self, x: Tensor) -> Tensor | None:
         """A tensor like ``x`` for ``out=``. None, which allocates as usual, where that is cheap
         or a graph is recorded."""
-        if not x.is_cpu or x.numel() * x.element_size() < _LARGE:
-            return None
-        if not _COUNTS or not may_overwrite():
+        if not self._in_place or x.numel() * x.element_size() < _LARGE or not x.is_cpu:
             return None
         self._own = [entry for entry in self._own if entry[0].shape == x.shape]
         for tensor, unused in self._own:

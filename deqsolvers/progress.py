@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deqsolvers.modes import may_look, physical
+from deqsolvers.modes import may_look, may_overwrite, physical
 from deqsolvers.options import Options
 from deqsolvers.solution import Solution, Status
+from deqsolvers.solvers.history import row_norms
 from deqsolvers.state import Layout
 
 _RUNNING = 100  # no status yet
@@ -37,6 +38,7 @@ class Progress:
         self._measured = self.running  # who was running when the last iterate was measured
         self.status = torch.full((batch,), _RUNNING, dtype=torch.int8, device=z.device)
         self._may_look = may_look(z)
+        self._recorded = not may_overwrite()  # by autograd, say
         self.all_running = self._may_look  # false also where the host has not looked
         self.best_z = z
         self.best_residual = z.new_full((batch,), torch.inf)
@@ -53,7 +55,8 @@ class Progress:
 
     def measure(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         """Judge the iterate ``z`` after ``step`` updates; returns its residual (b,)."""
-        g, fz = g.detach(), fz.detach()
+        if self._recorded:
+            g, fz = g.detach(), fz.detach()
         if step > 0 and self.all_running:
             residual = self._measure_together(step, z, fz, g)
             if residual is not None:
@@ -66,9 +69,9 @@ class Progress:
 
         None if a sample needs a closer look. The host asks, where it can look for free.
         """
-        size = residual = torch.linalg.vector_norm(g, dim=1)
+        size = residual = row_norms(g)
         if self.options.relative:
-            residual = size / torch.linalg.vector_norm(fz, dim=1)
+            residual = size / row_norms(fz)
         fine = size < self._best_size
         if self.options.tol is not None:
             fine &= residual > self.options.tol

@@ -132,7 +132,8 @@ class Layout:
                 pairs = column.to(_real(dtype)).reshape(rows, *shape, 2)
                 leaves.append(torch.view_as_complex(pairs.contiguous()))
             else:
-                leaves.append(column.reshape(rows, *shape).to(dtype))
+                leaf = column if len(shape) == 1 else column.reshape(rows, *shape)
+                leaves.append(leaf if dtype == self.dtype else leaf.to(dtype))
         if self.structure.is_leaf():  # the common case
             return leaves[0]
         return pytree.tree_unflatten(leaves, self.structure)

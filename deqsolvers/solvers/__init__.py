@@ -2,9 +2,10 @@
 
 from deqsolvers.solvers.anderson import Anderson
 from deqsolvers.solvers.anderson_type_one import AndersonTypeI
-from deqsolvers.solvers.base import History, Memory, Solver
+from deqsolvers.solvers.base import Memory, Solver
 from deqsolvers.solvers.broyden import Broyden
 from deqsolvers.solvers.hand_over import HandOver
+from deqsolvers.solvers.history import History
 from deqsolvers.solvers.newton_krylov import NewtonKrylov
 from deqsolvers.solvers.picard import Picard
 

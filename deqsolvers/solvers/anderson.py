@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from deqsolvers.buffers import Buffers
 from deqsolvers.modes import may_look
-from deqsolvers.solvers.base import History, Memory, Solver, check_count, check_fraction
+from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
+from deqsolvers.solvers.history import Gram, History, row_norms
 from deqsolvers.state import Layout
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -23,22 +24,23 @@ class AndersonMemory(Memory):
 
     df: History  # differences of successive f(z)
     dg: History  # differences of successive residuals
-    gram: Tensor  # (B, filled, filled) float64, inner products of the columns of dg
+    gram: Gram  # inner products of the columns of dg
     products: Tensor  # (B, filled) float64, columns of dg times the current residual
     # (B,) how many of the newest columns are in use, fewer after a restart. None on a CPU until the
     # first restart: all of them, which saves masks.
     length: Tensor | None
     smallest: Tensor  # (B,) smallest ||g|| since the history began
+    least: Tensor  # (B,) float64, the smallest pivot
     buffers: Buffers
     fz: Tensor | None = None
     g: Tensor | None = None
 
-    def grow(self) -> None:
-        """Make room for inner products with a column that has not replaced another one."""
-        grown = self.dg.filled - self.gram.shape[1]
-        if grown:
-            self.products = pad(self.products, (0, grown))
-            self.gram = pad(self.gram, (0, grown, 0, grown))
+    def update_products(self, products: Tensor) -> Tensor:
+        """Keep ``products`` (B, filled); returns how much they have changed."""
+        before = self.products
+        grown = products.shape[1] - before.shape[1]  # columns that have not replaced another one
+        self.products = products
+        return products - (pad(before, (0, grown)) if grown else before)
 
 
 class Anderson(Solver):
@@ -87,13 +89,15 @@ class Anderson(Solver):
     def init(self, z: Tensor, layout: Layout) -> AndersonMemory:
         batch = z.shape[0]
         masks = not may_look(z)
+        df, dg = History.pair(self.memory, z)
         return AndersonMemory(
-            df=History(self.memory, z),
-            dg=History(self.memory, z),
-            gram=z.new_zeros(batch, 0, 0, dtype=torch.float64),
+            df=df,
+            dg=dg,
+            gram=Gram(self.memory, z),
             products=z.new_zeros(batch, 0, dtype=torch.float64),
             length=torch.zeros(batch, dtype=torch.int64, device=z.device) if masks else None,
             smallest=z.new_full((batch,), torch.inf),
+            least=z.new_full((batch,), _TINY, dtype=torch.float64),
             buffers=Buffers(),
         )
 
@@ -116,45 +120,41 @@ class Anderson(Solver):
     def _update_gram(self, memory: AndersonMemory, g: Tensor) -> None:
         # One pass over the history gives dG g. The new Gram row dG (g - g_previous) is the change
         # of that product, which saves the second pass and keeps its relative accuracy.
-        slot = memory.dg.newest
-        products = memory.dg.dot(g).double()
-        memory.grow()
-        row = products - memory.products
-        row[:, slot] = torch.linalg.vector_norm(memory.dg.buffer[slot], dim=1).double().square()
-        # Autograd may have saved the matrix of the step before.
-        gram = memory.gram.clone() if torch.is_grad_enabled() else memory.gram
-        gram[:, slot] = row
-        gram[:, :, slot] = row
-        memory.products, memory.gram = products, gram
+        row = memory.update_products(memory.dg.dot(g))
+        length = row_norms(memory.dg.last)
+        # The ridge is put on once. A column that is zero has a zero right-hand side; any pivot
+        # will do.
+        ridge = _rounding(g) if self.regularization is None else self.regularization
+        square = torch.addcmul(memory.least, length, length, value=1 + ridge)
+        memory.gram.write(memory.dg.newest, row, row, square)
 
     def _weights(self, memory: AndersonMemory, g: Tensor) -> Tensor:
         """(B, filled) gamma."""
-        system, right = memory.gram.clone(), memory.products
+        system, right = memory.gram.filled, memory.products
         if memory.length is not None:
             memory.length = (memory.length + 1).clamp_max(self.memory)
             used = memory.dg.ages() < memory.length.unsqueeze(1)
             system = torch.where(used.unsqueeze(1) & used.unsqueeze(2), system, 0.0)
             right = torch.where(used, right, 0.0)
-        gamma, info = self._solve(memory, system, right, 10 * torch.finfo(g.dtype).eps)
+        gamma, info = self._solve(memory, system, right, _rounding(g))
         if memory.length is None and math.isinf(self.safeguard) and _solved(info, gamma):
-            return gamma.to(g.dtype)
+            return gamma
         restart = (info != 0) | ~torch.isfinite(gamma).all(1)
         if math.isfinite(self.safeguard):
             restart = restart | self._grown(memory, g)
         if memory.length is None:
             if not bool(restart.any()):
-                return gamma.to(g.dtype)
+                return gamma
             memory.length = torch.full_like(restart, memory.dg.filled, dtype=torch.int64)
         memory.length = torch.where(restart, 0, memory.length)
-        return torch.where(restart.unsqueeze(1), 0.0, gamma).to(g.dtype)
+        return torch.where(restart.unsqueeze(1), 0.0, gamma)
 
     def _solve(
         self, memory: AndersonMemory, system: Tensor, right: Tensor, rounding: float
     ) -> tuple[Tensor, Tensor]:
         """(B, filled) gamma, and (B,) which is nonzero where the system is singular."""
-        ridge = rounding if self.regularization is None else self.regularization
-        # A column that is unused or zero has a zero right-hand side; any pivot will do.
-        system.diagonal(dim1=1, dim2=2).mul_(1 + ridge).clamp_min_(_TINY)
+        if memory.length is not None:
+            system.diagonal(dim1=1, dim2=2).clamp_min_(_TINY)  # of columns that are not in use
         factor, info = torch.linalg.cholesky_ex(system)
         return torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2), info
 
@@ -166,8 +166,12 @@ class Anderson(Solver):
         return grown
 
 
+def _rounding(x: Tensor) -> float:
+    """Relative error that products of vectors like ``x`` may have."""
+    return 10 * torch.finfo(x.dtype).eps
+
+
 def _solved(info: Tensor, gamma: Tensor) -> bool:
     """Whether every system was solved, asked in two looks at device memory."""
-    return not info.any() and math.isfinite(
-        gamma.detach().sum()
-    )  # a sum is finite only if all terms are
+    # A sum is finite only if all terms are.
+    return not info.any() and math.isfinite(gamma.detach().sum())

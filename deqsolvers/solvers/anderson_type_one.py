@@ -14,7 +14,7 @@ from deqsolvers.state import Layout
 
 @dataclass
 class _Memory(AndersonMemory):
-    """Its ``gram`` is dZ^T dG and its ``products`` are dZ^T g."""
+    """Its ``gram`` holds dZ^T dG and its ``products`` are dZ^T g."""
 
     # (B, filled) float64, lengths of the columns of dZ and of dG
     z_lengths: Tensor = field(kw_only=True)
@@ -52,14 +52,11 @@ class AndersonTypeI(Anderson):
         # dZ = dF - dG, which saves a third history. As in type II, the change of dZ^T g is a
         # column of dZ^T dG.
         slot = memory.dg.newest
-        dg = memory.dg.buffer[slot]
-        dz = memory.df.buffer[slot] - dg
-        products = memory.df.dot(g).double() - memory.dg.dot(g).double()
-        memory.grow()
-        gram = memory.gram.clone() if torch.is_grad_enabled() else memory.gram
-        gram[:, :, slot] = products - memory.products
-        gram[:, slot] = memory.dg.dot(dz).double()
-        memory.products, memory.gram = products, gram
+        dg = memory.dg.last
+        dz = memory.df.last - dg
+        column = memory.update_products(memory.df.dot(g) - memory.dg.dot(g))
+        row = memory.dg.dot(dz)
+        memory.gram.write(slot, row, column, row[:, slot])
         memory.z_lengths = _put(memory.z_lengths, slot, dz)
         memory.g_lengths = _put(memory.g_lengths, slot, dg)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deqsolvers.buffers import Buffers
-from deqsolvers.solvers.base import History, Memory, Solver, check_count, check_fraction
+from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
+from deqsolvers.solvers.history import History, row_norms
 from deqsolvers.state import Layout
 
 
@@ -103,7 +104,7 @@ class Broyden(Solver):
         """The next step and its inner products with the steps that are kept (B, k)."""
         k = memory.steps.filled
         gram = memory.gram[:, :k, :k]
-        c = memory.steps.dot(g).double()
+        c = memory.steps.dot(g)
         # H_before g = -(g + S a): the factors' inner products solve a triangular system.
         t = torch.linalg.solve_triangular(
             -memory.lower[:, :k, :k], c.unsqueeze(2), upper=False, unitriangular=True
@@ -132,7 +133,7 @@ class Broyden(Solver):
         self._add_factor(memory, k, usable & moved, reset, length)
         # In its place in the history, which spares a copy for the sum and another for the push.
         plain = torch.mul(g, share.to(g.dtype), out=out)
-        step = memory.steps.add_to(plain, weights.to(g.dtype), out)
+        step = memory.steps.add_to(plain, weights, out)
         return step, share * c + (gram * weights.unsqueeze(1)).sum(2)
 
     def _add_factor(
@@ -151,7 +152,7 @@ class Broyden(Solver):
         memory.steps.push(step)
         row = torch.zeros_like(memory.p)
         row[:, :k] = products
-        row[:, k] = torch.linalg.vector_norm(step, dim=1).double().square()
+        row[:, k] = row_norms(step).double().square()
         gram, lower = memory.gram.clone(), memory.lower.clone()
         gram[:, k] = row
         gram[:, :, k] = row
@@ -162,10 +163,10 @@ class Broyden(Solver):
     def inverse_transposed(self, memory: _BroydenMemory, v: Tensor) -> Tensor:
         """``H^T v``, H the estimate of the inverse Jacobian of f(z) - z that ``memory`` holds."""
         k = memory.steps.filled
-        e = memory.steps.dot(v).double()
+        e = memory.steps.dot(v)
         p, q = memory.p[:, :k], memory.q[:, :k]
         right = q * e + p * torch.nn.functional.pad(e[:, 1:], (0, 1))
         r = torch.linalg.solve_triangular(
             -memory.lower[:, :k, :k].mT, right.unsqueeze(2), upper=True, unitriangular=True
         ).squeeze(2)
-        return -memory.steps.add_to(v, r.to(v.dtype))
+        return -memory.steps.add_to(v, r)

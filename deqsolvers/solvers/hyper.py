@@ -25,7 +25,8 @@ from deqsolvers.hypersolver.network import (
     pool_vectors,
 )
 from deqsolvers.hypersolver.preconditioners import ImagePreconditioner, VectorPreconditioner
-from deqsolvers.solvers.base import History, Memory, Solver
+from deqsolvers.solvers.base import Memory, Solver
+from deqsolvers.solvers.history import History
 from deqsolvers.state import Layout
 
 

@@ -78,6 +78,7 @@ def test_without_torch_s_count_of_owners_nothing_is_used_again(
 
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
 def test_a_history_of_cut_rows_gives_the_same_products(batch: int) -> None:
     entries = normal(3, batch, WIDE, dtype=torch.float64)
     x, weights = normal(batch, WIDE, seed=1), normal(batch, 3, seed=2)

@@ -193,8 +193,15 @@ class Gram:
         """Replace row and column ``slot``, both (B, filled), and their common entry (B,)."""
         filled = row.shape[1]
         if not self._in_place:
-            self.matrix = self.matrix.clone()
-        if not self._in_place or self.filled.shape[1] != filled:
+            matrix = self.matrix.clone()
+            # One view after the other: a transform of torch.func allows no write through a view
+            # that was made before another write.
+            matrix[:, slot, :filled] = row
+            matrix[:, :filled, slot] = column
+            matrix[:, slot, slot] = diagonal
+            self.matrix, self.filled = matrix, matrix[:, :filled, :filled]
+            return
+        if self.filled.shape[1] != filled:
             self.filled, self._views = self.matrix[:, :filled, :filled], {}
         views = self._views.get(slot)
         if views is None:

@@ -24,7 +24,7 @@ from polypseg.scores import SummaryRow, read_rows
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
-RUN = "polypdeq-add-256"  # the run whose figures the README shows
+RUN = "polypdeq-add-256-all"  # the run whose figures the README shows
 SOLVERS = {
     "explicit": "explicit, one evaluation",
     "broyden": "implicit, Broyden",

@@ -47,7 +47,7 @@ def problem(name: str, model: PolypDEQ, pictures: Tensor, settings: Settings) ->
     model = model.eval().to(settings.device)
     with torch.no_grad():
         features = model.features(pictures.to(settings.device))
-    # Solvers are asked for 1e-4 in quick mode.
+    # Solvers are asked for 1e-3 in quick mode.
     tol = 1e-7 if settings.quick else 1e-9
     return make(name, model.deq.f.double(), features.double(), settings, tol)
 

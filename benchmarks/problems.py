@@ -91,13 +91,13 @@ def _perceptron(settings: Settings) -> Problem:
 @cache
 def _convolution(settings: Settings) -> Problem:
     torch.manual_seed(0)
-    return make("convolution", ConvolutionMap(32, 0.25).double(), _normal(4, 32, 32, 32), settings)
+    return make("convolution", ConvolutionMap(32, 0.25).double(), _normal(2, 32, 32, 32), settings)
 
 
 @cache
 def _attention(settings: Settings) -> Problem:
     torch.manual_seed(0)
-    return make("attention", AttentionMap(64, 4, 2.0).double(), _normal(8, 64, 64), settings)
+    return make("attention", AttentionMap(64, 4, 2.0).double(), _normal(4, 64, 64), settings)
 
 
 def _normal(*shape: int) -> Tensor:

@@ -30,7 +30,7 @@ class Settings:
     @property
     def effort(self) -> Effort:
         """How long one paired measurement may take."""
-        return Effort(2, 0.2, 15) if self.quick else Effort(7, 4.0, 51)
+        return Effort(2, 0.1, 15) if self.quick else Effort(7, 4.0, 51)
 
     @property
     def slow_effort(self) -> Effort:

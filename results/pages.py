@@ -16,10 +16,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-import yaml
-
-from polypseg.config import make_config
 from polypseg.paper import SETS, TABLE_2
+from polypseg.run_config import load_run_config
 from polypseg.scores import SummaryRow, read_rows
 
 RESULTS = Path(__file__).parent
@@ -51,7 +49,7 @@ def readme() -> str:
             f"| {words} | {100 * kvasir.mDice:.1f} | {100 * clinic.mDice:.1f} "
             f"| {kvasir.seconds_median:.3f} | {kvasir.evaluations_mean:.3g} | {residual} |"
         )
-    config = make_config(yaml.safe_load((run / "config.yaml").read_text()))
+    config = load_run_config(run / "config.yaml")
     with (run / "results.csv").open(newline="") as file:
         last = {row["phase"]: row for row in csv.DictReader(file)}
     epochs = " + ".join(row["epoch"] for row in last.values())

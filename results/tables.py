@@ -6,24 +6,24 @@ Reads ``*/evaluation/summary.csv`` and ``*/results.csv`` beside this file and wr
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import yaml
-
 from polypseg.paper import NEOPOLYP, SETS, TABLE_2, TABLE_3, TARGETS
 from polypseg.protocols import PROTOCOLS
+from polypseg.run_config import load_run_config
+from polypseg.scores import SummaryRow, read_rows
 
 HERE = Path(__file__).parent
 SOLVERS = ("explicit", "picard", "broyden", "anderson", "hyper")
-Row = dict[str, str]
 
 
 def main() -> None:
     runs = sorted(path.parent.parent for path in HERE.glob("*/evaluation/summary.csv"))
-    rows = {run.name: _read(run / "evaluation" / "summary.csv") for run in runs}
-    both = {name: found for name, found in rows.items() if found[0]["data"] in SETS}
-    classes = {name: found for name, found in rows.items() if found[0]["data"] == NEOPOLYP}
+    rows = {run.name: read_rows(run / "evaluation" / "summary.csv", SummaryRow) for run in runs}
+    both = {name: found for name, found in rows.items() if found[0].data in SETS}
+    classes = {name: found for name, found in rows.items() if found[0].data == NEOPOLYP}
     parts = [
         "# Tables\n",
         "Written by `python results/tables.py` from the files beside it. Dice and IoU are means "
@@ -40,11 +40,11 @@ def main() -> None:
     (HERE / "tables.md").write_text("\n".join(parts))
 
 
-def _sets(rows: dict[str, list[Row]], protocol: str) -> str:
+def _sets(rows: dict[str, list[SummaryRow]], protocol: str) -> str:
     names = SETS[:2]
     table = []
     for run, solver, found in _by_solver(rows, protocol):
-        cells = {row["data"]: row for row in found}
+        cells = {row.data: row for row in found}
         table.append([run, solver, *(_scores(cells.get(name)) for name in names)])
     if protocol == "paper":
         table += [
@@ -54,10 +54,10 @@ def _sets(rows: dict[str, list[Row]], protocol: str) -> str:
     return _markdown(["run", "solver", *(f"{name}, Dice / IoU" for name in names)], table)
 
 
-def _targets(rows: dict[str, list[Row]]) -> str:
+def _targets(rows: dict[str, list[SummaryRow]]) -> str:
     table = []
     for run, solver, found in _by_solver(rows, "default"):
-        cells = {row["target"]: row for row in found}
+        cells = {row.target: row for row in found}
         table.append([run, solver, *(_scores(cells.get(name)) for name in TARGETS)])
     table += [
         ["paper", name, *(f"{dice} / {iou}" for dice, iou in cells)]
@@ -66,20 +66,20 @@ def _targets(rows: dict[str, list[Row]]) -> str:
     return _markdown(["run", "solver", *(f"{name}, Dice / IoU" for name in TARGETS)], table)
 
 
-def _solves(rows: dict[str, list[Row]]) -> str:
+def _solves(rows: dict[str, list[SummaryRow]]) -> str:
     header = ["run", "solver", "set", "evaluations", "residual, median", "worst", "at 1e-3"]
     table = []
     for run, solver, found in _by_solver(rows, "default"):
         for row in found:
-            if row["target"] == "polyp":
-                measured = row["residual_median"] != ""
+            if row.target == "polyp":
+                measured = not math.isnan(row.residual_median)
                 table.append(
                     [
-                        *(run, solver, row["data"], f"{float(row['evaluations_mean']):.1f}"),
-                        f"{float(row['residual_median']):.1e}" if measured else "",
-                        f"{float(row['residual_worst']):.1e}" if measured else "",
-                        f"{float(row['converged_share']):.0%}" if measured else "",
-                        f"{float(row['seconds_median']):.3f}",
+                        *(run, solver, row.data, f"{row.evaluations_mean:.1f}"),
+                        f"{row.residual_median:.1e}" if measured else "",
+                        f"{row.residual_worst:.1e}" if measured else "",
+                        f"{row.converged_share:.0%}" if measured else "",
+                        f"{row.seconds_median:.3f}",
                     ]
                 )
     return _markdown([*header, "seconds"], table)
@@ -90,16 +90,16 @@ def _trainings(runs: Sequence[Path]) -> str:
     more = ["at 1e-3", "evaluations", "spectral radius"]
     table = []
     for run in runs:
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        epochs = _read(run / "results.csv")
-        last = {row["phase"]: row for row in epochs}
+        config = load_run_config(run / "config.yaml")
+        with (run / "results.csv").open(newline="") as file:
+            last = {row["phase"]: row for row in csv.DictReader(file)}
         implicit = last.get("implicit", {})
         share = implicit.get("val_converged")
         dice = [f"{100 * float(row['val_dice']):.1f}" for row in last.values()]
-        whole = config["data"].get("train_on") == "all"
+        whole = config.data.train_on == "all"
         table.append(
             [
-                *(run.name, config["model"]["name"], str(config["data"]["size"])),
+                *(run.name, config.model.name, str(config.data.size)),
                 "all" if whole else "split",
                 " + ".join(row["epoch"] for row in last.values()),
                 "(seen) " * whole + " / ".join(dice),
@@ -113,30 +113,27 @@ def _trainings(runs: Sequence[Path]) -> str:
     return _markdown([*header, *more], table)
 
 
-def _by_solver(rows: dict[str, list[Row]], protocol: str) -> Iterable[tuple[str, str, list[Row]]]:
+def _by_solver(
+    rows: dict[str, list[SummaryRow]], protocol: str
+) -> Iterable[tuple[str, str, list[SummaryRow]]]:
     for run, found in rows.items():
         for solver in SOLVERS:
-            own = [r for r in found if r["solver"] == solver and r["protocol"] == protocol]
+            own = [r for r in found if r.solver == solver and r.protocol == protocol]
             if own:
                 yield run, solver, own
 
 
-def _scores(row: Row | None) -> str:
+def _scores(row: SummaryRow | None) -> str:
     if row is None:
         return ""
     dice, low, high, iou = (
-        100 * float(row[key]) for key in ("mDice", "mDice_low", "mDice_high", "mIoU")
+        100 * share for share in (row.mDice, row.mDice_low, row.mDice_high, row.mIoU)
     )
     return f"{dice:.1f} ({low:.1f} ... {high:.1f}) / {iou:.1f}"
 
 
 def _number(text: str | None) -> str:
     return f"{float(text):.2f}" if text else ""
-
-
-def _read(path: Path) -> list[Row]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

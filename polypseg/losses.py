@@ -65,8 +65,8 @@ def class_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     numbers = mask[:, 0].long()
-    one_hot = functional.one_hot(numbers, logits.shape[1]).permute(0, 3, 1, 2)
-    truth = one_hot[:, 1:].to(logits.dtype)
+    foreground = torch.arange(1, logits.shape[1], device=logits.device)
+    truth = (numbers[:, None] == foreground[:, None, None]).to(logits.dtype)
     weight = _border_weight(truth).amax(dim=1, keepdim=True)
     log_probability = logits.log_softmax(dim=1)
     entropy = functional.nll_loss(log_probability, numbers, reduction="none").unsqueeze(1)
@@ -80,12 +80,15 @@ def segmentation_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _border_weight(mask: torch.Tensor) -> torch.Tensor:
-    # A mean over rows, then over columns: 62 additions a pixel instead of 961. In one piece it took
-    # a quarter of a training step on a CPU.
+    # Differences of running sums: 4 additions a pixel instead of the 961 of an average pooling,
+    # which took a quarter of a training step on a CPU. Exact for the integer sums of a mask.
     half = WINDOW // 2
-    rows = functional.avg_pool2d(mask, (1, WINDOW), stride=1, padding=(0, half))
-    local_mean = functional.avg_pool2d(rows, (WINDOW, 1), stride=1, padding=(half, 0))
-    return 1 + EDGE_WEIGHT * (local_mean - mask).abs()
+    local = mask
+    for dim, padding in ((3, (half + 1, half)), (2, (0, 0, half + 1, half))):
+        sums = functional.pad(local, padding).cumsum(dim)
+        size = mask.shape[dim]
+        local = sums.narrow(dim, WINDOW, size) - sums.narrow(dim, 0, size)
+    return 1 + EDGE_WEIGHT * (local / WINDOW**2 - mask).abs()
 
 
 def _mean(entropy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -67,5 +67,5 @@ def _uses_class_colours(picture: Image.Image) -> bool:
     """Whether a mask with a palette shows red or green, so that its indices say nothing."""
     if picture.mode != "P":
         return False
-    shown = picture.convert("RGB").getcolors(1 << 24) or []
+    shown = picture.convert("RGB").getcolors(256) or []  # no palette holds more
     return any(colour in CLASS_COLOURS[1:] for _, colour in shown)

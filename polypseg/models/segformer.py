@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,9 +37,30 @@ class SegFormer(SegmentationModel):
     def explicit(self, images: Tensor) -> Prediction:
         """Predict for normalised images (B, 3, H, W)."""
         check_sides(images)
-        maps = [project(x) for project, x in zip(self.project, self.encoder(images), strict=True)]
-        size = maps[0].shape[-2:]
-        same = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
-        logits = self.head(torch.cat(same[::-1], dim=1))
+        mixed = self._mix(self.encoder(images))
+        logits = self.head[1:](mixed)
         scaled = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
         return Prediction(scaled, None)
+
+    def _mix(self, maps: Sequence[Tensor]) -> Tensor:
+        """Project the maps, interpolate to the finest, concatenate, apply the first head layer.
+
+        All of that is linear in every map, and 1x1 convolutions commute with interpolation, whose
+        weights sum to 1. So projection and its slice of the head become one convolution at the
+        map's own size: in f32 the same up to rounding, for a thirtieth of the multiplications.
+        """
+        head = cast(nn.Conv2d, self.head[0])
+        slices = head.weight.flatten(1).chunk(len(maps), dim=1)
+        size = maps[0].shape[-2:]
+        total: Tensor | None = None
+        # The head's input is concatenated coarse to fine.
+        for x, project, part in zip(maps, self.project, reversed(slices), strict=True):
+            project = cast(nn.Conv2d, project)
+            with torch.autocast(x.device.type, enabled=False):
+                weight = (part @ project.weight.flatten(1))[..., None, None]
+                bias = part @ cast(Tensor, project.bias)
+            y = F.conv2d(x, weight, bias)
+            if total is not None:
+                y = F.interpolate(y, size, mode="bilinear", align_corners=False)
+            total = y if total is None else total + y
+        return cast(Tensor, total)

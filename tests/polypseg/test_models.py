@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from deqsolvers import Anderson, Broyden, Implicit, fixed_point
 from deqsolvers.state import Layout
@@ -185,6 +186,17 @@ def test_every_encoder_size_serves_in_polypdeq(size: str) -> None:
     assert logits.shape == (1, 1, 64, 64)
     count = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     assert count == pytest.approx(published[size], rel=0.03)
+
+
+def test_segformer_mixes_its_maps_as_published() -> None:
+    model = build_model(ModelConfig(name="segformer-b0")).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    maps = [torch.randn(2, c, 16 >> i, 24 >> i).double() for i, c in enumerate((32, 64, 160, 256))]
+    projected = [project(x) for project, x in zip(model.project, maps, strict=True)]
+    same = [functional.interpolate(x, (16, 24), mode="bilinear") for x in projected]
+    published = model.head[0](torch.cat(same[::-1], dim=1))
+    torch.testing.assert_close(model._mix(maps), published)
 
 
 def test_segformer_b0_is_the_published_one() -> None:

@@ -95,20 +95,34 @@ def peaks(cases: Sequence[str], device: torch.device) -> dict[str, float]:
     Raises:
         RuntimeError: they cannot be measured here; says why.
     """
+    return in_own_process(["-m", "benchmarks.memory", str(device), *cases])
+
+
+def in_own_process(arguments: Sequence[str]) -> dict[str, float]:
+    """What Python, given these arguments, prints as JSON; it can tell peak memory by `peak`.
+
+    Raises:
+        RuntimeError: it failed; says why.
+    """
     # Blocks of 64 kB and more come from the system and go back to it at once, so that the process
     # holds what tensors hold.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     root = str(Path(__file__).resolve().parent.parent)
-    command = [sys.executable, "-m", "benchmarks.memory", str(device), *cases]
     done = subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return json.loads(done.stdout)
 
 
-def _measure(run: Callable[[], object], device: torch.device) -> float:
+def peak(run: Callable[[], object], device: torch.device) -> float:
+    """Most bytes that a call holds at a time, above what was held before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -131,4 +145,4 @@ def _status(field: str) -> int:
 if __name__ == "__main__":
     where = torch.device(sys.argv[1])
     settings = Settings(device=where, dtype=torch.float32, quick=True)
-    print(json.dumps({case: _measure(CASES[case](settings), where) for case in sys.argv[2:]}))
+    print(json.dumps({case: peak(CASES[case](settings), where) for case in sys.argv[2:]}))

@@ -30,6 +30,7 @@ def main() -> None:
         "over images in per cent, with 95 % bootstrap intervals over images. What each run is, its "
         "command and its commit: [README.md](README.md). Seconds are medians for one image, the "
         "solvers taking turns, on two CPU cores that did other work too where the README says so; "
+        "peak MB is what predicting one image holds beside the weights; "
         "the paper's rows come from other schedules and another pretraining.\n",
     ]
     for protocol in PROTOCOLS:
@@ -70,6 +71,7 @@ def _solves(rows: dict[str, list[SummaryRow]]) -> str:
     header = ["run", "solver", "set", "evaluations", "residual, median", "worst", "at 1e-3"]
     table = []
     for run, solver, found in _by_solver(rows, "default"):
+        memory = _peak(run, solver)
         for row in found:
             if row.target == "polyp":
                 measured = not math.isnan(row.residual_median)
@@ -80,9 +82,19 @@ def _solves(rows: dict[str, list[SummaryRow]]) -> str:
                         f"{row.residual_worst:.1e}" if measured else "",
                         f"{row.converged_share:.0%}" if measured else "",
                         f"{row.seconds_median:.3f}",
+                        memory,
                     ]
                 )
-    return _markdown([*header, "seconds"], table)
+    return _markdown([*header, "seconds", "peak MB"], table)
+
+
+def _peak(run: str, solver: str) -> str:
+    """What one prediction holds beside the weights, as results/memory.py measured it."""
+    path = HERE / run / "memory.csv"
+    if not path.exists():
+        return ""
+    with path.open(newline="") as file:
+        return {row["solver"]: row["peak [MB]"] for row in csv.DictReader(file)}.get(solver, "")
 
 
 def _trainings(runs: Sequence[Path]) -> str:

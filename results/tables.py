@@ -16,6 +16,8 @@ from polypseg.run_config import load_run_config
 from polypseg.scores import SummaryRow, read_rows
 
 HERE = Path(__file__).parent
+CURVES = "polypdeq-add-256"  # trained without its validation images
+CURVE_SOLVERS = ("HyperSolver", "Anderson from the start of HyperSolver", "Anderson", "Picard")
 SOLVERS = ("explicit", "picard", "broyden", "anderson", "hyper")
 
 
@@ -38,6 +40,9 @@ def main() -> None:
     if classes:
         parts += ["## NeoPolyp-Small, protocol `default`\n", _targets(classes)]
     parts += ["## Solves\n", _solves(rows), "## Trainings\n", _trainings(runs)]
+    if (HERE / "ablations.csv").exists():
+        parts += ["## Ablations, validation images\n", _ablations()]
+    parts += [f"## Evaluations at inference, validation images, `{CURVES}`\n", _curves()]
     (HERE / "tables.md").write_text("\n".join(parts))
 
 
@@ -123,6 +128,24 @@ def _trainings(runs: Sequence[Path]) -> str:
             ]
         )
     return _markdown([*header, *more], table)
+
+
+def _ablations() -> str:
+    with (HERE / "ablations.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    return _markdown(header, rows)
+
+
+def _curves() -> str:
+    """Dice and distance to z* after so many evaluations; 0 is the initializer alone."""
+    with (HERE / "hypersolver" / CURVES / "curves.csv").open(newline="") as file:
+        found = {(row["solver"], row["evaluations"]): row for row in csv.DictReader(file)}
+    table = []
+    for count in map(str, range(13)):
+        points = [found[solver, count] for solver in CURVE_SOLVERS]
+        cells = [f"{100 * float(p['quality']):.1f} / {float(p['distance']):.1e}" for p in points]
+        table.append([count, *cells])
+    return _markdown(["M", *(f"{solver}, Dice / distance" for solver in CURVE_SOLVERS)], table)
 
 
 def _by_solver(

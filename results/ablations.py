@@ -34,6 +34,7 @@ CHANGES = {
     "backward: implicit": ("implicit", ["implicit.backward=implicit"]),
     "backward: jacobian-free": ("implicit", ["implicit.backward=jacobian-free"]),
     "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
+    "implicit learning rate / 4": ("implicit", ["implicit.lr=5e-5"]),
     "strategy: alternating": ("implicit", ["implicit.epochs=2", "hyper.alternate=1"]),
     "strategy: after, as long": ("implicit", ["implicit.epochs=2"]),
     "HyperSolver: m = 2": ("hyper", ["hyper.memory=2"]),
@@ -94,7 +95,7 @@ def _write(runs: dict[str, Path]) -> None:
             epochs = list(csv.DictReader(file))
         last = {row["phase"]: row for row in epochs}
         cells = {
-            title: f"{float(last[phase][field]):.4g}" if last.get(phase, {}).get(field) else ""
+            title: _cell(last.get(phase, {}).get(field), per_cent="Dice" in title)
             for (phase, field), title in COLUMNS.items()
         }
         seconds = sum(float(row["seconds"]) for row in epochs)
@@ -103,6 +104,12 @@ def _write(runs: dict[str, Path]) -> None:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
+
+
+def _cell(value: str | None, per_cent: bool) -> str:
+    if not value:
+        return ""
+    return f"{100 * float(value):.1f}" if per_cent else f"{float(value):.2g}"
 
 
 def _slug(name: str) -> str:

@@ -132,7 +132,7 @@ def iterate(
     inputs = map_rows(lambda leaf: leaf, inputs, batch)
     warn_below_floor(options.tol if options.relative else None, layout.dtypes, autocast.dtype)
 
-    progress = Progress(z, options)
+    progress = Progress(z, options, seen=trace or callback is not None)
     early = options.tol is not None
     mask = HostMask(z.device)
     may_drop = early and options.drop_converged and not torch.is_grad_enabled()

@@ -35,9 +35,9 @@ def may_look(tensor: Tensor) -> bool:
 
 def may_overwrite() -> bool:
     """Whether buffers may be written in place: nothing that is recorded can need them again."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return not (torch.is_grad_enabled() or forward_mode() or transforming())
+    return not (forward_mode() or transforming())
 
 
 def undifferentiated() -> contextlib.AbstractContextManager[Any]:

@@ -29,9 +29,12 @@ class Progress:
         best_z: (b, features) the best measured iterate of each.
     """
 
-    def __init__(self, z: Tensor, options: Options):
+    def __init__(self, z: Tensor, options: Options, seen: bool = True):
+        """``seen``: somebody sees the residuals of samples that are still running."""
         batch = z.shape[0]
         self.options = options
+        # Else ||f(z) - z|| will do, which spares a pass over f(z).
+        self._relate = seen or options.tol is not None or options.final == "best"
         self.batch = batch
         self.rows = torch.arange(batch, device=z.device)
         self.running = torch.ones(batch, dtype=torch.bool, device=z.device)
@@ -41,27 +44,37 @@ class Progress:
         self._recorded = not may_overwrite()  # by autograd, say
         self.all_running = self._may_look  # false also where the host has not looked
         self.best_z = z
-        self.best_residual = z.new_full((batch,), torch.inf)
-        self._best_size = z.new_full((batch,), torch.inf)  # its ||f(z) - z||
-        self.best_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
-        self.evaluations = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        infinite = z.new_full((batch,), torch.inf)
+        zero = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        self.best_residual = infinite
+        self._best_size = infinite  # its ||f(z) - z||
+        self.best_step = zero
+        self.evaluations = zero
         # The best residual when progress was last made, and when that was.
-        self._mark = z.new_full((batch,), torch.inf)
-        self._mark_step = torch.zeros(batch, dtype=torch.int64, device=z.device)
-        self._first = z.new_full((batch,), torch.inf)  # ||f(z0) - z0||
-        self._scale = self._first  # the larger of that and ||f(z0)||
+        self._mark = infinite
+        self._mark_step = zero
+        self._first = infinite  # ||f(z0) - z0||
+        self._scale = infinite  # the larger of that and ||f(z0)||
+        self._best_g: Tensor | None = None  # f(z) - z at best_z, where its residual is not known
         self._unwritten: int | None = None  # the step that all samples' counters stand at
         self._left: _Results | None = None
 
     def measure(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        """Judge the iterate ``z`` after ``step`` updates; returns its residual (b,)."""
+        """Judge the iterate ``z`` after ``step`` updates; returns its residual (b,).
+
+        Where nobody sees that, it may be ``||g||`` instead.
+        """
         if self._recorded:
             g, fz = g.detach(), fz.detach()
-        if step > 0 and self.all_running:
+        if self.all_running:
             residual = self._measure_together(step, z, fz, g)
             if residual is not None:
                 return residual
         self._write_steps()
+        if self._best_g is not None:  # what f returned there may have been written over
+            scale = _row_norms(self.best_z + self._best_g)
+            self.best_residual = self._best_size / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+            self._best_g = None
         return self._measure_each(step, z, fz, g)
 
     def _measure_together(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor | None:
@@ -70,15 +83,20 @@ class Progress:
         None if a sample needs a closer look. The host asks, where it can look for free.
         """
         size = residual = row_norms(g)
-        if self.options.relative:
+        if self.options.relative and self._relate:
             residual = size / row_norms(fz)
         fine = size < self._best_size
+        if step == 0:
+            fine &= size > 0  # in single precision it may have vanished
         if self.options.tol is not None:
             fine &= residual > self.options.tol
             fine &= residual < _STALL_FACTOR * self._mark
         if not torch.equal(fine, self.running):  # which are all true here
             return None
+        if step == 0 and self.options.tol is not None:
+            self._first, self._scale = size, torch.maximum(size, row_norms(fz))
         self.best_z, self._best_size, self.best_residual = z, size, residual
+        self._best_g = None if self._relate else g
         self._mark = residual
         self._unwritten = step
         self._measured = self.running

@@ -34,6 +34,7 @@ class Layout:
         dtypes: dtype of each leaf; `unflatten` restores them.
         dtype: real dtype of the matrix: fp32, or fp64 if any leaf has double precision.
         device: where the state lives.
+        matrix: whether the state is such a matrix itself.
         epsilon: relative rounding error of f(z), from the narrowest dtype that it passes through.
     """
 
@@ -42,6 +43,7 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     device: torch.device
+    matrix: bool
     epsilon: float
 
     @staticmethod
@@ -84,12 +86,14 @@ class Layout:
             raise ValueError(f"the tensors of {name} lie on different devices: {devices}")
         narrow = [leaf.dtype for leaf in leaves] + ([computed_in] if computed_in else [])
         double = any(_WORKING_DTYPES[leaf.dtype] is torch.float64 for leaf in leaves)
+        dtype = torch.float64 if double else torch.float32
         return Layout(
             structure,
             tuple(leaf.shape[1:] for leaf in leaves),
             tuple(leaf.dtype for leaf in leaves),
-            torch.float64 if double else torch.float32,
+            dtype,
             leaves[0].device,
+            isinstance(state, Tensor) and state.dim() == 2 and state.dtype == dtype,
             max(torch.finfo(dtype).eps for dtype in narrow),
         )
 
@@ -124,6 +128,8 @@ class Layout:
 
     def unflatten(self, matrix: Tensor) -> Any:
         """The nested state that ``matrix`` (rows, features) stands for; views where possible."""
+        if self.matrix:
+            return matrix
         rows = matrix.shape[0]
         columns = [matrix] if len(self.shapes) == 1 else matrix.split(self.widths, dim=1)
         leaves = []
@@ -134,7 +140,7 @@ class Layout:
             else:
                 leaf = column if len(shape) == 1 else column.reshape(rows, *shape)
                 leaves.append(leaf if dtype == self.dtype else leaf.to(dtype))
-        if self.structure.is_leaf():  # the common case
+        if self.structure.is_leaf():
             return leaves[0]
         return pytree.tree_unflatten(leaves, self.structure)
 

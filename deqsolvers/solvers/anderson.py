@@ -31,6 +31,7 @@ class AndersonMemory(Memory):
     length: Tensor | None
     smallest: Tensor  # (B,) smallest ||g|| since the history began
     least: Tensor  # (B,) float64, the smallest pivot
+    solved: Tensor  # (B,) int32, zeros: what `_solve` tells of systems that it could solve
     buffers: Buffers
     fz: Tensor | None = None
     g: Tensor | None = None
@@ -98,6 +99,7 @@ class Anderson(Solver):
             length=torch.zeros(batch, dtype=torch.int64, device=z.device) if masks else None,
             smallest=z.new_full((batch,), torch.inf),
             least=z.new_full((batch,), _TINY, dtype=torch.float64),
+            solved=torch.zeros(batch, dtype=torch.int32, device=z.device),
             buffers=Buffers(),
         )
 
@@ -137,7 +139,9 @@ class Anderson(Solver):
             system = torch.where(used.unsqueeze(1) & used.unsqueeze(2), system, 0.0)
             right = torch.where(used, right, 0.0)
         gamma, info = self._solve(memory, system, right, _rounding(g))
-        if memory.length is None and math.isinf(self.safeguard) and _solved(info, gamma):
+        unmasked = memory.length is None and math.isinf(self.safeguard)
+        # Asked for in two looks; a sum is finite only if all terms are.
+        if unmasked and torch.equal(info, memory.solved) and math.isfinite(gamma.detach().sum()):
             return gamma
         restart = (info != 0) | ~torch.isfinite(gamma).all(1)
         if math.isfinite(self.safeguard):
@@ -152,7 +156,7 @@ class Anderson(Solver):
     def _solve(
         self, memory: AndersonMemory, system: Tensor, right: Tensor, rounding: float
     ) -> tuple[Tensor, Tensor]:
-        """(B, filled) gamma, and (B,) which is nonzero where the system is singular."""
+        """(B, filled) gamma, and (B,) int32, nonzero where the system is singular."""
         if memory.length is not None:
             system.diagonal(dim1=1, dim2=2).clamp_min_(_TINY)  # of columns that are not in use
         factor, info = torch.linalg.cholesky_ex(system)
@@ -169,9 +173,3 @@ class Anderson(Solver):
 def _rounding(x: Tensor) -> float:
     """Relative error that products of vectors like ``x`` may have."""
     return 10 * torch.finfo(x.dtype).eps
-
-
-def _solved(info: Tensor, gamma: Tensor) -> bool:
-    """Whether every system was solved, asked in two looks at device memory."""
-    # A sum is finite only if all terms are.
-    return not info.any() and math.isfinite(gamma.detach().sum())

@@ -156,6 +156,30 @@ def test_non_finite_later_returns_the_best_finite_iterate(
 
 
 @every_solver
+def test_a_broken_sample_has_its_residual_where_nobody_sees_those_of_the_others(
+    solver: Solver,
+) -> None:
+    def solve(trace: bool) -> Solution:
+        problem = breaking(after=4, sample=1)
+        return fixed_point(
+            problem.f,
+            problem.z0,
+            problem.inputs,
+            solver=solver,
+            tol=None,
+            max_steps=8,
+            final="last",
+            trace=trace,
+        )
+
+    seen, unseen = solve(trace=True), solve(trace=False)
+    assert torch.isfinite(unseen.residual[1])
+    assert unseen.statuses() == seen.statuses()
+    torch.testing.assert_close(unseen.residual, seen.residual, rtol=1e-9, atol=0, equal_nan=True)
+    torch.testing.assert_close(unseen.z, seen.z, rtol=0, atol=0, equal_nan=True)
+
+
+@every_solver
 def test_a_finite_map_never_ends_as_non_finite(solver: Solver) -> None:
     """f(z) = 0: the residual relative to ||f(z)|| is undefined at the start, and 0 a step later."""
     solution = fixed_point(torch.zeros_like, torch.full((2, 50), 10.0), solver=solver)

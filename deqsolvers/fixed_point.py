@@ -79,8 +79,9 @@ def fixed_point(
         relative: False compares ``||f(z) - z||`` itself with ``tol``; use it where the fixed point
             may be zero.
         final: "best" returns each sample's best measured iterate, the one with the smallest
-            ``||f(z) - z||``. "last" returns the iterate after the last update of samples that did
-            not converge; it is not measured, which saves one evaluation, and its residual is NaN.
+            ``||f(z) - z||``. "last" returns the iterate after the last update instead, which the
+            last evaluation gives for free: where a sample meets ``tol``, one update further. It is
+            not measured, and its residual is NaN.
         stall_after: a sample whose best residual has not fallen by one per cent for this many
             steps ends as stalled; raise it where a solve crosses long plateaus.
         drop_converged: let decided samples leave the batch when that saves work. Set False if f
@@ -140,12 +141,18 @@ def iterate(
     rounds = layout.rounds
     residuals: list[Tensor] = []
     calls = rows_evaluated = 0
-    evaluations = options.max_steps + (options.final == "best")
-    unused = True  # the last evaluation, by a solver step
+    last = options.final == "last"
+    evaluations = options.max_steps + (not last)
 
     with autocast.suspended():
         memory: Any = solver.init(z, layout) if batch else None
         buffers = Buffers()
+
+        def update() -> Tensor:
+            z_next = solver.step(memory, z, fz, g)
+            # What f will see, so that the residual belongs to the state that is returned.
+            return layout.flatten(layout.unflatten(z_next)) if rounds else z_next
+
         for step in range(evaluations if batch else 0):
             version = _version(z, first=calls == 0)
             with autocast.restored():
@@ -172,6 +179,10 @@ def iterate(
                 residuals.append(progress.spread(residual))
             if callback is not None:
                 callback(StepInfo(step, layout.unflatten(z), residual, progress.rows, memory))
+            z_next = None
+            if last:
+                z_next = update()
+                progress.replace_converged(step, z_next)
             running = None
             if early and not progress.all_running:
                 running = mask.read(progress.running)
@@ -184,25 +195,22 @@ def iterate(
                     progress.take(rows)
                     memory.take(rows)
                     z, fz, g = z[rows], fz[rows], g[rows]
+                    z_next = None if z_next is None else z_next[rows]
                     inputs = map_rows(partial(_select, rows=rows), inputs, left)
                     mask.reset()
                     running = None
             if step == options.max_steps:
                 break
-            z = solver.step(memory, z, fz, g)
+            z = update() if z_next is None else z_next
             if running is not None and not running.all():
                 # Decided samples that stay in the batch keep a finite state for f to work on.
                 z = torch.where(progress.running.unsqueeze(1), z, progress.best_z)
-            if rounds:
-                # What f will see, so that the residual belongs to the state that is returned.
-                z = layout.flatten(layout.unflatten(z))
-        else:
-            unused = False  # every evaluation was followed by a step (final="last")
-        if keep_memory and unused:
+        if keep_memory and batch and not last:
             solver.step(memory, z, fz, g)  # what the last evaluation taught belongs to it too
     autocast.forget_weights()
-    last = z if options.final == "last" and batch else None
-    solution = progress.solution(layout, last, calls, rows_evaluated, residuals if trace else None)
+    solution = progress.solution(
+        layout, z if last else None, calls, rows_evaluated, residuals if trace else None
+    )
     if keep_memory:
         solution.memory = memory
     return solution

@@ -153,6 +153,19 @@ class Progress:
         success = Status.STARTED_CONVERGED if step == 0 else Status.CONVERGED
         return torch.where(residual <= tol, int(success), status)
 
+    def replace_converged(self, step: int, z: Tensor) -> None:
+        """Let samples that this measurement found converged return their update ``z`` instead.
+
+        One that started converged needs none, and one whose update overflows keeps what it has.
+        """
+        if self.options.tol is None or step == 0 or self.all_running:
+            return
+        converged = self._measured & (self.status == int(Status.CONVERGED))
+        converged = converged & z.isfinite().all(dim=1)
+        self.best_z = torch.where(converged.unsqueeze(1), z, self.best_z)
+        self.best_residual = torch.where(converged, torch.nan, self.best_residual)
+        self.best_step = torch.where(converged, step + 1, self.best_step)
+
     def spread(self, residual: Tensor) -> Tensor:
         """(B,) residuals of the whole batch, NaN for samples decided before this evaluation."""
         full = residual.new_full((self.batch,), torch.nan)

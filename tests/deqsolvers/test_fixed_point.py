@@ -168,6 +168,36 @@ def test_final_last_keeps_the_measured_state_of_converged_samples() -> None:
 
 
 @pytest.mark.parametrize("drop", [True, False])
+def test_final_last_takes_the_update_of_converged_samples_too(drop: bool) -> None:
+    """Samples meet the tolerance at steps of their own; each gets f of the state that met it."""
+    problem = tanh_deq()
+    options: dict[str, Any] = {"solver": Picard(), "tol": 1e-3, "drop_converged": drop}
+    best = fixed_point(problem.f, problem.z0, problem.inputs, **options)
+    last = fixed_point(problem.f, problem.z0, problem.inputs, **options, final="last")
+    assert best.converged.all()
+    assert len(set(best.steps.tolist())) > 1
+    with torch.no_grad():
+        torch.testing.assert_close(last.z, problem.f(best.z, *problem.inputs))
+    assert torch.equal(last.steps, best.steps + 1)
+    assert torch.equal(last.status, best.status)
+    assert torch.equal(last.evaluations, best.evaluations)
+    assert last.calls == best.calls
+    assert last.residual.isnan().all()
+
+
+def test_final_last_keeps_what_met_the_tolerance_where_the_update_overflows() -> None:
+    class Exploding(Picard):
+        def step(self, memory: Any, z: torch.Tensor, fz: torch.Tensor, g: torch.Tensor) -> Any:
+            return torch.where(g.norm(dim=1, keepdim=True) < 0.1, torch.inf, fz)
+
+    z0 = torch.ones(3, 2)
+    solution = fixed_point(lambda z: 0.5 * z + 1, z0, solver=Exploding(), tol=0.05, final="last")
+    assert solution.converged.all()
+    assert solution.z.isfinite().all()
+    assert (solution.residual <= 0.05).all()
+
+
+@pytest.mark.parametrize("drop", [True, False])
 def test_trace_holds_each_sample_until_it_is_decided(drop: bool) -> None:
     problem = tanh_deq()
     measured: dict[tuple[int, int], float] = {}

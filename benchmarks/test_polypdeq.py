@@ -107,8 +107,11 @@ def _predict(run: Path, batch: int, settings: Settings, results: Results) -> Non
     if "hyper" not in available_solvers(run):
         return
     hyper, config = load_model(run, "hyper")
-    steps = config.solve.hyper_steps
-    chosen = f"HyperSolver, {steps} evaluations"
+    pictures = polyps.images(batch, config.data.size, settings)
+    with torch.no_grad():
+        used = hyper.to(settings.device)(pictures).solution.evaluations.float().mean().item()
+    steps = round(used)
+    chosen = f"HyperSolver, {used:.3g} evaluations"
     models = {chosen: hyper}
     stopped = load_model(run, "anderson")[0]
     stopped.deq = stopped.deq.with_solver(
@@ -122,7 +125,6 @@ def _predict(run: Path, batch: int, settings: Settings, results: Results) -> Non
         Broyden(config.solve.memory), tol=None, max_steps=100, final="last"
     )
     models[BROYDEN] = long
-    pictures = polyps.images(batch, config.data.size, settings)
     # One pass takes the same time with the weights of either phase.
     passes = {"explicit pass": hyper.to(settings.device).explicit}
     passes.update({name: model.to(settings.device) for name, model in models.items()})

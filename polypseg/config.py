@@ -88,6 +88,7 @@ class SolveConfig:
     memory: int
     anderson_memory: int
     hyper_steps: int
+    hyper_tol: float
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from deqsolvers import FitEpoch, fit_hypersolver
 from deqsolvers.hypersolver.saving import hypersolver_metadata
 from polypseg.checkpoint import load_into
 from polypseg.data import PolypDataset, batches
+from polypseg.inference import hyper_options
 from polypseg.models import ImplicitModel, build_hypersolver, build_implicit_model
 from polypseg.training_run import Run
 
@@ -45,9 +46,7 @@ def fit_hyper(run: Run) -> None:
     def on_epoch(fitted: FitEpoch) -> None:
         nonlocal started
         hyper.eval()
-        fast = model.deq.with_solver(
-            hyper, tol=None, max_steps=run.config.solve.hyper_steps, final="last"
-        )
+        fast = model.deq.with_solver(hyper, **hyper_options(run.config.solve))
         model.deq, slow = fast, model.deq
         scores = run.validation.measure(model, run.device)
         model.deq = slow

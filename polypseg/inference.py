@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from deqsolvers import HandOver
 from polypseg.checkpoint import CheckpointError, load_into
-from polypseg.config import Config
+from polypseg.config import Config, SolveConfig
 from polypseg.models import (
     ImplicitModel,
     Prediction,
@@ -73,8 +74,7 @@ def load_model(
         hyper = build_hypersolver(model, config.hyper)
         load_into(hyper, _weights(run, "hyper", solver), what="HyperSolver")
         if tol is None:
-            steps = settings.hyper_steps if max_steps is None else max_steps
-            model.deq = model.deq.with_solver(hyper, tol=None, max_steps=steps, final="last")
+            model.deq = model.deq.with_solver(hyper, **hyper_options(settings, max_steps))
         else:
             sure = HandOver(hyper, build_solver("anderson", settings.anderson_memory))
             steps = settings.max_steps if max_steps is None else max_steps
@@ -87,6 +87,19 @@ def load_model(
             max_steps=settings.max_steps if max_steps is None else max_steps,
         )
     return model.eval(), config
+
+
+def hyper_options(settings: SolveConfig, max_steps: int | None = None) -> dict[str, Any]:
+    """Of a solve by a HyperSolver alone.
+
+    The residual that decides is that of the iterate before the last update, so that nothing is
+    evaluated for the decision.
+    """
+    return {
+        "tol": settings.hyper_tol or None,
+        "max_steps": settings.hyper_steps if max_steps is None else max_steps,
+        "final": "last",
+    }
 
 
 def _weights(run: Path, phase: str, solver: str) -> Path:

@@ -22,6 +22,7 @@ _AS_BEFORE: dict[str, Any] = {
     "explicit.accumulate": 1,
     "implicit.accumulate": 1,
     "implicit.warm_lr": 1e-3,  # only of warm epochs
+    "solve.hyper_tol": 0.0,
 }
 
 

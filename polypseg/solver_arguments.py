@@ -14,6 +14,6 @@ def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-steps",
         type=int,
         metavar="N",
-        help="most solver steps, and the steps of hyper; default: the run's own",
+        help="most solver steps; default: the run's own",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")

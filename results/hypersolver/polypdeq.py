@@ -23,13 +23,14 @@ from torch import Tensor
 from deqsolvers import HandOver, HyperSolver, load_hypersolver, spectral_radius
 from deqsolvers.hypersolver.targets import Teacher
 from polypseg.data import Pair, PolypDataset, batches, split_for
-from polypseg.inference import load_model
+from polypseg.inference import hyper_options, load_model
 from polypseg.metrics import resize_logits, score_masks
 from polypseg.models import PolypDEQ, Prediction, build_solver
 from polypseg.runs import versions
 from polypseg.testsets import find_test_sets
 from polypseg.validation import Validation
 
+EVALUATIONS = 2  # at which solvers are compared
 TIMED = 7  # repeats of every timed prediction
 
 
@@ -64,7 +65,7 @@ class Trained:
 
     def predictors(self) -> dict[str, Callable[[Tensor], Prediction]]:
         """What the table compares, all on the same weights but for the explicit model's own."""
-        k = self.config.solve.hyper_steps
+        k = EVALUATIONS
         fixed = {"tol": None, "final": "last"}
         sure = {"tol": 1e-3, "max_steps": 100}
         hand_over = HandOver(self.hyper, self.anderson)
@@ -76,6 +77,7 @@ class Trained:
             f"Anderson, {2 * k} evaluations": (self.anderson, {**fixed, "max_steps": 2 * k}),
             "HyperSolver, 1 evaluation": (self.hyper, {**fixed, "max_steps": 1}),
             f"HyperSolver, {k} evaluations": (self.hyper, {**fixed, "max_steps": k}),
+            "HyperSolver, stopping by itself": (self.hyper, hyper_options(self.config.solve)),
             "HyperSolver handing over, to 1e-3": (hand_over, sure),
         }
         found: dict[str, Callable[[Tensor], Prediction]] = {

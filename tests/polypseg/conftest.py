@@ -61,7 +61,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, synthetic_data: Path) -> 
     """A run directory with random weights for every solver; about half of an image is "polyp"."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     run.mkdir()
-    config = make_config(overrides=["data.size=64", "solve.max_steps=6", "solve.tol=0.05"])
+    settings = ["data.size=64", "solve.max_steps=6", "solve.tol=0.05"]
+    config = make_config(overrides=[*settings, "solve.hyper_steps=2", "solve.hyper_tol=0"])
     (run / "config.yaml").write_text(config.to_yaml())
     (run / "versions.json").write_text('{"torch": "of this test"}')
     pairs = find_pairs(synthetic_data / "TestDataset" / "Synthetic")

@@ -9,10 +9,11 @@ from PIL import Image
 from torch import nn
 
 from polypseg.checkpoint import CheckpointError
-from polypseg.config import make_config
+from polypseg.config import as_settings, make_config
 from polypseg.inference import SOLVERS, load_model
 from polypseg.models import Prediction
 from polypseg.predictor import Predictor, available_solvers
+from polypseg.run_config import load_run_config
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
 
@@ -90,6 +91,28 @@ def test_an_explicit_pass_is_one_evaluation_without_a_residual(tiny_run):
     result = Predictor.from_run(tiny_run, "explicit").predict(IMAGE, measure=True)
     assert (result.steps, result.evaluations, result.status) == (1, 1, "EXPLICIT")
     assert np.isnan(result.residual)
+
+
+def test_the_hypersolver_stops_where_its_last_iterate_met_the_tolerance(copy_run):
+    run = copy_run()
+
+    def predict(steps, tol=0.0):
+        config = load_run_config(run / "config.yaml")
+        settings = [f"solve.hyper_steps={steps}", f"solve.hyper_tol={tol}"]
+        text = make_config(as_settings(config), settings).to_yaml()
+        (run / "config.yaml").write_text(text)
+        return Predictor.from_run(run, "hyper").predict(IMAGE, measure=True)
+
+    residuals = [predict(steps).residual for steps in (1, 2, 3)]
+    assert residuals[0] > residuals[1]
+    soon = predict(4, 1.01 * residuals[0])
+    assert (soon.status, soon.steps, soon.evaluations) == ("CONVERGED", 2, 2)
+    assert soon.residual == pytest.approx(residuals[1])
+    later = predict(4, 0.99 * residuals[0])
+    assert later.evaluations > 2
+    hard = predict(2, 0.1 * min(residuals))
+    assert (hard.status, hard.evaluations) == ("STEP_LIMIT", 2)
+    assert hard.residual == pytest.approx(residuals[1])
 
 
 def test_a_tolerance_lets_the_hypersolver_go_on_with_anderson(tiny_run):

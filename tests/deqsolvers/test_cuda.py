@@ -1,5 +1,7 @@
 """No wait for the device: what makes solves fast on CUDA, and fixed ones capturable in a graph."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,9 +18,13 @@ from deqsolvers import (
     Solution,
     Solver,
     fixed_point,
+    progress,
 )
 from deqsolvers.progress import HostMask
+from deqsolvers.solvers import anderson, hand_over, newton_krylov
 from tests.deqsolvers.maps import TanhMap, normal
+
+loop = sys.modules[fixed_point.__module__]
 
 SOLVERS: dict[str, Solver] = {
     "picard": Picard(damping=0.5),
@@ -51,7 +57,8 @@ def solve(method: Solver, x: Tensor, **options: object) -> Solution:
 
 
 @every_solver
-@pytest.mark.parametrize(("final", "tol"), [("last", None), ("best", None), ("best", 1e-4)])
+@pytest.mark.parametrize("final", ["last", "best"])
+@pytest.mark.parametrize("tol", [None, 1e-4])
 def test_no_value_is_read_by_the_host(
     name: str, final: str, tol: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +74,46 @@ def test_no_value_is_read_by_the_host(
     assert solution.z.is_meta
     assert solution.trace is not None
     assert solution.calls == 8 + (final == "best")
+
+
+class LateMask(HostMask):
+    """Tells the mask of the step before, as a device does whose flags travel without a wait."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.on_its_way: Tensor | None = None
+
+    def read(self, running: Tensor) -> Tensor | None:
+        arrived, self.on_its_way = self.on_its_way, running.clone()
+        return arrived
+
+    def reset(self) -> None:
+        self.on_its_way = None
+
+
+@every_solver
+@pytest.mark.parametrize("final", ["last", "best"])
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_mask_that_comes_late_changes_no_result(
+    name: str, final: str, drop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop as on CUDA, without one: the host sees no value, but for the mask a step late."""
+    torch.manual_seed(0)
+    method = solver(name, "cpu")
+    # Of different sizes: samples need between one evaluation and more steps than there are.
+    x = normal(12, 6) * torch.logspace(-4, 0.5, 12)[:, None]
+    options = {"tol": 1e-2, "final": final, "drop_converged": drop, "relative": False}
+    expected = solve(method, x, **options)
+    assert len(set(expected.steps.tolist())) > 2
+    for module in (progress, anderson, hand_over, newton_krylov):
+        monkeypatch.setattr(module, "may_look", lambda _: False)
+    monkeypatch.setattr(loop, "HostMask", LateMask)
+    late = solve(method, x, **options)
+    assert late.rows_evaluated >= expected.rows_evaluated
+    torch.testing.assert_close(late.z, expected.z)
+    torch.testing.assert_close(late.residual, expected.residual, equal_nan=True)
+    for field in ("status", "steps", "evaluations"):
+        assert torch.equal(getattr(late, field), getattr(expected, field)), field
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

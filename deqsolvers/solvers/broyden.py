@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from deqsolvers.buffers import Buffers
+from deqsolvers.modes import may_look, may_overwrite
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
 from deqsolvers.solvers.history import History, row_norms
 from deqsolvers.state import Layout
@@ -25,6 +26,11 @@ class _BroydenMemory(Memory):
     buffers: Buffers
     z: Tensor | None = None  # where the last step was taken from
     moved_to: Tensor | None = None  # where it led
+    recorded: bool = field(default_factory=lambda: not may_overwrite())  # by autograd, say
+
+    def writable(self, x: Tensor) -> Tensor:
+        """``x``, or a copy if ``x`` may be saved for backward."""
+        return x.clone() if self.recorded else x
 
 
 class Broyden(Solver):
@@ -70,28 +76,27 @@ class Broyden(Solver):
         return self.memory + 1
 
     def step(self, memory: _BroydenMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        moved = self._moved(memory, z)
+        first, held = memory.z is None, self._held(memory, z)
         memory.z = z
         if memory.steps.filled == self._slots:
             # The last step goes too: H is -I again, and this step is the first of a new product.
             self._clear(memory)
         step = memory.steps.room()
-        if memory.steps.filled == 0 or moved is None:
+        if memory.steps.filled == 0 or first:
             step = torch.mul(g, self.damping, out=step)
             products = step.new_zeros(len(step), 0, dtype=torch.float64)
         else:
-            step, products = self._quasi_newton(memory, g, moved, step)
+            step, products = self._quasi_newton(memory, g, held, step)
         self._push(memory, step, products)
         memory.moved_to = torch.add(z, step, out=memory.buffers.like(z))
         return memory.moved_to
 
-    def _moved(self, memory: _BroydenMemory, z: Tensor) -> Tensor | None:
-        """(B,) which samples took the last step; the loop holds those that it has decided."""
-        if memory.z is None:
+    def _held(self, memory: _BroydenMemory, z: Tensor) -> Tensor | None:
+        """(B,) which samples did not take the last step: the loop holds those that it has decided.
+        None if all took it."""
+        if memory.z is None or z is memory.moved_to:
             return None
-        if z is memory.moved_to:
-            return torch.ones(len(z), dtype=torch.bool, device=z.device)
-        return (z != memory.z).any(1)
+        return (z == memory.z).all(1)
 
     def _clear(self, memory: _BroydenMemory) -> None:
         memory.steps.pushed = 0
@@ -99,7 +104,7 @@ class Broyden(Solver):
         memory.p, memory.q = torch.zeros_like(memory.p), torch.zeros_like(memory.q)
 
     def _quasi_newton(
-        self, memory: _BroydenMemory, g: Tensor, moved: Tensor, out: Tensor | None
+        self, memory: _BroydenMemory, g: Tensor, held: Tensor | None, out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The next step and its inner products with the steps that are kept (B, k)."""
         k = memory.steps.filled
@@ -110,7 +115,7 @@ class Broyden(Solver):
             -memory.lower[:, :k, :k], c.unsqueeze(2), upper=False, unitriangular=True
         ).squeeze(2)
         a = memory.q[:, :k] * t
-        a = a + torch.nn.functional.pad((memory.p[:, :k] * t)[:, :-1], (1, 0))
+        a[:, 1:] += memory.p[:, : k - 1] * t[:, :-1]
         length = gram[:, -1, -1]
         change = -(c[:, -1] + (gram[:, -1] * a).sum(1))  # s^T H_before g
         denominator = change + length / self.damping
@@ -118,46 +123,55 @@ class Broyden(Solver):
         rounding = 10 * torch.finfo(g.dtype).eps
         usable = denominator.abs() > rounding * (change.abs() + length)
         usable = usable & (length > 0)
+        reset = None
+        if held is not None or not may_look(g) or not bool(usable.all()):
+            moved = torch.ones_like(usable) if held is None else ~held
+            # Where H cannot be updated it starts again from -I, and the step is a plain one.
+            reset = (~usable & moved).unsqueeze(1)
+            change = torch.where(usable, change, 0.0)
+            denominator = torch.where(usable, denominator, 1.0)
+            length = torch.where(usable & moved, length, torch.inf)
         # With y = H_before g the new H gives -H g = -(1 - sigma) y + (1 / damping - 1) sigma s.
-        sigma = torch.where(usable, change / torch.where(usable, denominator, 1.0), 0.0)
+        sigma = change / denominator
         share = (1 - sigma).unsqueeze(1)
         weights = share * a
         weights[:, -1] += (1 / self.damping - 1) * sigma
-        # Where H cannot be updated it starts again from -I, and the step is a plain one.
-        reset = (~usable & moved).unsqueeze(1)
-        share = torch.where(reset, 1.0, share) * self.damping
-        weights = torch.where(reset, 0.0, weights) * self.damping
-        # A sample that did not move is held by the loop, decided: it keeps its H and stays.
-        held = ~moved.unsqueeze(1)
-        share, weights = torch.where(held, 0.0, share), torch.where(held, 0.0, weights)
-        self._add_factor(memory, k, usable & moved, reset, length)
+        if reset is not None:
+            share, weights = torch.where(reset, 1.0, share), torch.where(reset, 0.0, weights)
+        share, weights = share * self.damping, weights * self.damping
+        if held is not None:  # they keep their H and stay
+            stays = held.unsqueeze(1)
+            share, weights = torch.where(stays, 0.0, share), torch.where(stays, 0.0, weights)
+        self._add_factor(memory, k, reset, length)
         # In its place in the history, which spares a copy for the sum and another for the push.
         plain = torch.mul(g, share.to(g.dtype), out=out)
         step = memory.steps.add_to(plain, weights, out)
         return step, share * c + (gram * weights.unsqueeze(1)).sum(2)
 
     def _add_factor(
-        self, memory: _BroydenMemory, k: int, usable: Tensor, reset: Tensor, length: Tensor
+        self, memory: _BroydenMemory, k: int, reset: Tensor | None, length: Tensor
     ) -> None:
-        inverse = torch.where(usable, 1 / torch.where(usable, length, 1.0), 0.0)
-        p, q = memory.p.clone(), memory.q.clone()
+        """``length`` is that of the last step squared, infinite where H keeps its factors."""
+        inverse = 1 / length
+        p, q = memory.writable(memory.p), memory.writable(memory.q)
         p[:, k - 1] = inverse
         q[:, k - 1] = -(1 - self.damping) * inverse
-        memory.p, memory.q = torch.where(reset, 0.0, p), torch.where(reset, 0.0, q)
-        memory.lower = torch.where(reset.unsqueeze(2), 0.0, memory.lower)
+        memory.p, memory.q = p, q
+        if reset is not None:
+            memory.p, memory.q = torch.where(reset, 0.0, p), torch.where(reset, 0.0, q)
+            memory.lower = torch.where(reset.unsqueeze(2), 0.0, memory.lower)
 
     def _push(self, memory: _BroydenMemory, step: Tensor, products: Tensor) -> None:
         """Keep ``step``, whose inner products with the steps before it are known."""
         k = products.shape[1]
         memory.steps.push(step)
-        row = torch.zeros_like(memory.p)
-        row[:, :k] = products
-        row[:, k] = row_norms(step).double().square()
-        gram, lower = memory.gram.clone(), memory.lower.clone()
-        gram[:, k] = row
-        gram[:, :, k] = row
+        square = row_norms(step).double().square().unsqueeze(1)
+        row = torch.cat((products, square), dim=1)
+        gram, lower = memory.writable(memory.gram), memory.writable(memory.lower)
+        gram[:, k, : k + 1] = row
+        gram[:, : k + 1, k] = row
         # s_k u_j for all factors j < k, the one that this step completes among them.
-        lower[:, k, :k] = memory.p[:, :k] * row[:, 1 : k + 1] + memory.q[:, :k] * row[:, :k]
+        lower[:, k, :k] = memory.p[:, :k] * row[:, 1:] + memory.q[:, :k] * row[:, :k]
         memory.gram, memory.lower = gram, lower
 
     def inverse_transposed(self, memory: _BroydenMemory, v: Tensor) -> Tensor:

@@ -172,6 +172,14 @@ def verdict(points: Sequence[Point], problem: str, learned: str) -> list[str]:
     return lines
 
 
+def read(file: Path) -> list[Point]:
+    """The points of a CSV file that `write` wrote."""
+    text = {"problem": str, "solver": str, "evaluations": int}
+    with open(file, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return [Point(**{key: text.get(key, float)(row[key]) for key in row}) for row in rows]
+
+
 def write(points: Sequence[Point], out: Path, name: str, quality: str) -> None:
     """``name.csv`` and ``name.png``: a row of panels a problem."""
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """HyperSolvers on small vector and sequence DEQs: ``python results/hypersolver/small.py``.
 
 Writes small.csv, small.png and small.json beside this file, in about ten minutes on one core.
+Problems that small.json already holds are kept: delete it to measure all of them again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from curves import Point, measure, rivals, verdict, write
+from curves import Point, measure, read, rivals, verdict, write
 from small_problems import SequenceModel, VectorModel, train
 
 from deqsolvers import Anderson, HyperSolver, fit_hypersolver, spectral_radius
@@ -37,12 +38,16 @@ def hypersolvers(kind: str) -> dict[str, HyperSolver]:
     }
 
 
+def title(kind: str, strength: str) -> str:
+    return f"{kind}, {strength} regularised"
+
+
 def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
 def run(kind: str, strength: str, quick: bool) -> tuple[list[Point], dict[str, object]]:
-    problem = f"{kind}, {strength} regularised"
+    problem = title(kind, strength)
     torch.manual_seed(0)
     model = PROBLEMS[kind]()
     started = time.perf_counter()
@@ -104,9 +109,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a check of the script, no result")
     arguments = parser.parse_args()
     points: list[Point] = []
-    records = []
+    records: list[dict[str, object]] = []
+    file = arguments.out / "small.json"
+    if file.exists():
+        points = read(arguments.out / "small.csv")
+        records = json.loads(file.read_text())["problems"]
+    done = {record["problem"] for record in records}
     for kind in PROBLEMS:
         for strength in REGULARISED:
+            if title(kind, strength) in done:
+                continue
             found, record = run(kind, strength, arguments.quick)
             points += found
             records.append(record)
@@ -114,7 +126,7 @@ def main() -> None:
             write(points, arguments.out, "small", "quality")
             content = {"command": "python results/hypersolver/small.py", **versions()}
             content["problems"] = records
-            (arguments.out / "small.json").write_text(json.dumps(content, indent=1) + "\n")
+            file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deqsolvers.buffers import Buffers
+from deqsolvers.buffers import Buffers, Reserve
 from deqsolvers.modes import may_look, may_overwrite
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
 from deqsolvers.solvers.history import History, row_norms
@@ -46,6 +46,8 @@ class Broyden(Solver):
     When ``memory`` steps are kept the method starts again from -I. A sample whose update would
     divide by almost zero does the same on its own.
 
+    On a CPU a solver keeps the memory of a history above 32 MiB for its next solve.
+
     Args:
         memory: how many steps are kept, at least 1; with 1, or after a restart, the step is a plain
             one.
@@ -55,14 +57,16 @@ class Broyden(Solver):
     def __init__(self, memory: int = 20, damping: float = 1.0):
         self.memory = check_count("memory", memory)
         self.damping = check_fraction("damping", damping)
+        self._reserve = Reserve()
 
     def __repr__(self) -> str:
         return f"Broyden(memory={self.memory}, damping={self.damping})"
 
     def init(self, z: Tensor, layout: Layout) -> _BroydenMemory:
         square = z.new_zeros(z.shape[0], self._slots, self._slots, dtype=torch.float64)
+        slots = self._reserve.empty((self._slots, *z.shape), z)
         return _BroydenMemory(
-            steps=History(self._slots, z),
+            steps=History(self._slots, z, slots),
             gram=square,
             lower=square.clone(),
             p=square[:, 0].clone(),

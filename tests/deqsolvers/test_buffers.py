@@ -1,12 +1,14 @@
 """Memory that a solve uses again: never under the eyes of anyone who still looks at it."""
 
-from collections.abc import Iterator
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from deqsolvers import Anderson, Broyden, Picard, Solver, buffers, fixed_point
+from deqsolvers import DEQ, Anderson, Broyden, Picard, Shine, Solver, StepInfo, buffers, fixed_point
 from deqsolvers.solvers import History
 from tests.deqsolvers.maps import normal
 
@@ -106,3 +108,70 @@ def test_a_sample_alone_takes_the_path_it_takes_in_a_batch() -> None:
     alone = fixed_point(f, torch.zeros_like(shift[:1]), (shift[:1],), solver=solver, tol=1e-9)
     assert alone.steps[0] == together.steps[0]
     torch.testing.assert_close(alone.z[0], together.z[0], rtol=0, atol=1e-8)
+
+
+@pytest.fixture
+def reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "_RETURNED", 0)
+
+
+def history_of(solver: Broyden) -> Tensor:
+    """That of a solve, as it was at the end."""
+    histories: list[Tensor] = []
+
+    def note(info: StepInfo) -> None:
+        histories[:] = [info.memory.steps.buffer]
+
+    shift = normal(2, 50, dtype=torch.float32)
+    fixed_point(lambda z: torch.tanh(0.9 * z + shift), shift, solver=solver, callback=note)
+    return histories[0]
+
+
+@pytest.mark.usefixtures("reserved")
+def test_the_next_solve_uses_the_memory_of_a_history_again() -> None:
+    solver = Broyden(4)
+    place = history_of(solver).data_ptr()
+    assert history_of(solver).data_ptr() == place
+
+
+@pytest.mark.usefixtures("reserved")
+def test_a_history_that_is_still_looked_at_is_left_alone() -> None:
+    solver = Broyden(4)
+    kept = history_of(solver)
+    before = kept.clone()
+    assert history_of(solver).data_ptr() != kept.data_ptr()
+    torch.testing.assert_close(kept, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("reserved")
+def test_memory_of_a_solve_in_inference_mode_serves_one_outside() -> None:
+    solver = Broyden(4)
+    with torch.inference_mode():
+        place = history_of(solver).data_ptr()
+    assert history_of(solver).data_ptr() == place
+
+
+@pytest.mark.usefixtures("reserved")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_solver_has_memory_of_its_own(copied: Callable[[Broyden], Broyden]) -> None:
+    solver = Broyden(4)
+    place = history_of(solver).data_ptr()
+    other = copied(solver)
+    assert repr(other) == repr(solver)
+    assert history_of(other).data_ptr() != place
+
+
+@pytest.mark.usefixtures("reserved")
+def test_two_solves_before_their_backward_passes() -> None:
+    def gradients(*solvers: Solver) -> list[Tensor]:
+        xs = [normal(2, 8, seed=seed).requires_grad_() for seed in range(2)]
+        losses = [
+            DEQ(lambda z, x: torch.tanh(0.5 * z + x), solver, backward=Shine())(x)[0].sum()
+            for x, solver in zip(xs, solvers, strict=True)
+        ]
+        return list(torch.autograd.grad(losses, xs))
+
+    shared = Broyden()
+    torch.testing.assert_close(
+        gradients(shared, shared), gradients(Broyden(), Broyden()), rtol=0, atol=0
+    )

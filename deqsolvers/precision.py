@@ -21,17 +21,27 @@ _PRECISION_FLOOR = {
 }
 
 
+def coarsest(dtypes: tuple[torch.dtype, ...], autocast: torch.dtype | None) -> torch.dtype:
+    """Of the dtypes of a state and the one that autocast lets f compute in, if any."""
+    return max((*dtypes, autocast or dtypes[0]), key=precision_floor)
+
+
+def precision_floor(dtype: torch.dtype) -> float:
+    """The smallest relative residual that can be expected of this precision."""
+    return _PRECISION_FLOOR[dtype]
+
+
 def warn_below_floor(
     tol: float | None, dtypes: tuple[torch.dtype, ...], autocast: torch.dtype | None
 ) -> None:
     """Warn where a relative tolerance is below what the state or f under autocast can reach."""
     if not tol:
         return
-    coarsest = max((*dtypes, autocast or dtypes[0]), key=lambda dtype: _PRECISION_FLOOR[dtype])
-    if tol < _PRECISION_FLOOR[coarsest]:
+    dtype = coarsest(dtypes, autocast)
+    if tol < precision_floor(dtype):
         warnings.warn(
-            f"tol={tol:g} is below what {coarsest} can reach, about "
-            f"{_PRECISION_FLOOR[coarsest]:g}; samples will end as stalled or at the step limit",
+            f"tol={tol:g} is below what {dtype} can reach, about "
+            f"{precision_floor(dtype):g}; samples will end as stalled or at the step limit",
             stacklevel=4,
         )
 

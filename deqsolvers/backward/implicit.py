@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,12 +15,27 @@ from torch.utils import _pytree as pytree
 
 from deqsolvers.backward.base import Backward
 from deqsolvers.backward.functional import attach_functional
+from deqsolvers.backward.graph import closure_leaves, refuse_computed_targets
 from deqsolvers.fixed_point import iterate
 from deqsolvers.modes import forward_mode, physical, transforming, undifferentiated
 from deqsolvers.options import Options
+from deqsolvers.precision import Autocast, coarsest, precision_floor
 from deqsolvers.solution import ConvergenceWarning, Solution
 from deqsolvers.solvers import Anderson, Solver
 from deqsolvers.state import Layout
+
+_TOL = 1e-4  # where the precision allows it
+
+_CLOSED_OVER = (
+    "with create_graph=True the gradient of a computed tensor that f closes over is not known; "
+    "pass that tensor to the DEQ as an input of f"
+)
+_THIRD_DERIVATIVE = (
+    "Implicit gives third and higher derivatives with respect to leaf tensors only, not to a "
+    "computed tensor. Differentiate with respect to the leaf that it was computed from, pass "
+    "x.detach().requires_grad_() to the DEQ, or use backward='unrolled'. If no third derivative is "
+    "wanted, leave create_graph=True out of the second one"
+)
 
 
 class Implicit(Backward):
@@ -32,7 +49,8 @@ class Implicit(Backward):
     (parameters) that f depends on. A computed tensor in f's closure must then be passed as input if
     its own gradient is wanted. That is an error where torch can tell; it cannot where one pass asks
     for the gradients of both that tensor and something it was computed from, and the former is
-    then too small. Third and higher derivatives are taken with respect to leaf tensors only.
+    then too small. Third and higher derivatives are taken with respect to leaf tensors only;
+    another target is an error.
 
     Under torch.func (grad, vjp, jvp, jacrev, jacfwd, vmap of these) and forward-mode
     differentiation it gives first derivatives; a second one is an error that names the way out.
@@ -42,15 +60,29 @@ class Implicit(Backward):
 
     Args:
         solver: method for u; `Anderson` with its defaults if None.
-        tol: relative tolerance for u. None runs exactly ``max_steps`` steps, and on a device other
-            than the CPU does not wait to see how they went, for CUDA graphs.
+        tol: relative tolerance for u. "auto" is 1e-4 or, with a state in half precision or under
+            autocast, what that can reach (6e-4 for fp16, 5e-3 for bf16). None runs exactly
+            ``max_steps`` steps, and on a device other than the CPU does not wait to see how they
+            went, for CUDA graphs.
         max_steps: most steps for u.
     """
 
-    def __init__(self, solver: Solver | None = None, tol: float | None = 1e-4, max_steps: int = 50):
+    def __init__(
+        self,
+        solver: Solver | None = None,
+        tol: float | Literal["auto"] | None = "auto",
+        max_steps: int = 50,
+    ):
         self.solver = solver or Anderson()
+        self.tol = tol
         # The recorded graph of f spans the whole batch, so samples cannot leave it.
-        self.options = Options(tol, max_steps, drop_converged=False)
+        self.options = Options(_TOL if tol == "auto" else tol, max_steps, drop_converged=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"Implicit(solver={self.solver!r}, tol={self.tol!r}, "
+            f"max_steps={self.options.max_steps})"
+        )
 
     def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:
         layout = Layout.of(solution.z)
@@ -73,14 +105,23 @@ class Implicit(Backward):
 
         fixed = layout.flatten(solution.z).detach()
         variables = tuple(leaves[place] for place in places)
+        method = self._within(coarsest(layout.dtypes, Autocast(solution.z).dtype))
         if transforming() or forward_mode():
             fixed = attach_functional(
                 lambda z: matrix_f(z, variables),
                 fixed,
-                lambda product, v: self.adjoint(product, v, solution),
+                lambda product, v: method.adjoint(product, v, solution),
             )
             return layout.unflatten(fixed)
-        return layout.unflatten(self._attach(matrix_f, fixed, variables, solution))
+        return layout.unflatten(method._attach(matrix_f, fixed, variables, solution))
+
+    def _within(self, dtype: torch.dtype) -> Implicit:
+        """This, or where it may choose a copy whose tolerance ``dtype`` can reach."""
+        if self.tol != "auto":
+            return self
+        method = copy.copy(self)
+        method.options = replace(self.options, tol=max(_TOL, precision_floor(dtype)))
+        return method
 
     def _attach(
         self,
@@ -89,10 +130,14 @@ class Implicit(Backward):
         variables: tuple[Tensor, ...],
         solution: Solution | None,
     ) -> Tensor:
+        """``fixed``, a fixed point of ``f``, with its gradient.
+
+        ``solution`` is that of the forward solve, None where the fixed point is a gradient itself.
+        """
         leaf = fixed.detach().requires_grad_()
         aliases = tuple(variable.view_as(variable) for variable in variables)
         recorded = f(leaf, aliases)
-        closure = _closure_leaves(recorded, (leaf, *aliases))
+        closure = closure_leaves(recorded, (leaf, *aliases))
         if not variables and not closure:
             return fixed  # f depends on nothing that needs a gradient
         return _ImplicitGradient.apply(
@@ -175,7 +220,8 @@ class _ImplicitGradient(torch.autograd.Function):
             u = ctx.method.adjoint(lambda u: _vjp(recorded, leaf, u), v, ctx.solution)
             return (*nothing, u, *(None for _ in sources))
 
-        _refuse_computed_targets(recorded, ctx.aliases)
+        reason = _CLOSED_OVER if ctx.solution is not None else _THIRD_DERIVATIVE
+        refuse_computed_targets(recorded, ctx.aliases, reason)
         gate = _Gate()
         z = gate(out)
         variables = tuple(gate(source) for source in sources[: ctx.count])
@@ -215,53 +261,6 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None]:
         return None, grads[0] if ctx.gate.open else None
-
-
-def _closure_leaves(root: Tensor, known: tuple[Tensor, ...]) -> list[Tensor]:
-    """The leaf tensors that ``root`` was computed from, other than through ``known``."""
-    seen: set[Any] = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
-    found = []
-    waiting = [root.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and not any(variable is tensor for tensor in known):
-            found.append(variable)
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return found
-
-
-def _refuse_computed_targets(root: Tensor, aliases: tuple[Any, ...]) -> None:
-    """RuntimeError if this pass asks for the gradient of a computed tensor in f's closure.
-
-    It is where the pass ends without having come to a leaf or to an input's alias. Its gradient
-    would be too small, for what f depends on through it is returned to the leaves.
-    """
-    seen: set[Any] = set(aliases)
-    waiting = [root.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen or not _runs(node):
-            continue
-        seen.add(node)
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if parents and not any(map(_runs, parents)):
-            raise RuntimeError(
-                "with create_graph=True the gradient of a computed tensor that f closes over is "
-                "not known; pass that tensor to the DEQ as an input of f"
-            )
-        waiting.extend(parents)
-
-
-def _runs(node: Any) -> bool:
-    """Whether the backward pass that is under way comes to ``node``."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # torch's answer for a leaf whose gradient autograd.grad was asked for
-        return True
 
 
 def _vjp(fz: Tensor, z: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:

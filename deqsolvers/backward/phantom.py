@@ -27,6 +27,9 @@ class Phantom(Backward):
         self.steps = check_count("steps", steps)
         self.damping = check_fraction("damping", damping)
 
+    def __repr__(self) -> str:
+        return f"Phantom(steps={self.steps}, damping={self.damping})"
+
     def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:
         layout = Layout.of(solution.z)
         matrix_f = on_matrices(f, inputs, layout)
@@ -46,3 +49,6 @@ class JacobianFree(Phantom):
 
     def __init__(self) -> None:
         super().__init__(steps=1, damping=1.0)
+
+    def __repr__(self) -> str:
+        return "JacobianFree()"

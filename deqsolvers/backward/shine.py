@@ -41,6 +41,9 @@ class Shine(Backward):
             raise ValueError(f"fallback must be above 0, got {fallback}")
         self.fallback = fallback
 
+    def __repr__(self) -> str:
+        return f"Shine(fallback={self.fallback})"
+
     def solve(
         self,
         f: Callable[..., Any],

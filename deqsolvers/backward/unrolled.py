@@ -23,6 +23,9 @@ class Unrolled(Backward):
     steps; converged samples stay in the batch.
     """
 
+    def __repr__(self) -> str:
+        return "Unrolled()"
+
     def solve(
         self,
         f: Callable[..., Any],

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deqsolvers.fixed_point import StepInfo, fixed_point
 from deqsolvers.solution import Solution
-from deqsolvers.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solver
+from deqsolvers.solvers import Anderson, AndersonTypeI, Broyden, NewtonKrylov, Picard, Solver
 from deqsolvers.state import Layout
 
 try:
@@ -38,6 +38,7 @@ def register() -> None:
     """Make our solvers known to torchdeq, for both its forward and its backward pass.
 
     - "deqsolvers_anderson", with torchdeq's options ``m`` (pairs kept) and ``tau`` (damping);
+    - "deqsolvers_anderson_type_one", which torchdeq has not, with the same;
     - "deqsolvers_broyden", with ``LBFGS_thres`` (rank-one terms kept);
     - "deqsolvers_newton_krylov", with ``m`` (dimension of the Krylov space);
     - "deqsolvers_picard", with ``tau``.
@@ -46,7 +47,7 @@ def register() -> None:
     option is a TypeError rather than silently ignored; Anderson's ``lam`` is among them, since our
     regularisation is relative and needs no tuning.
     """
-    for solver in (_anderson, _broyden, _newton_krylov, _picard):
+    for solver in (_anderson, _anderson_type_one, _broyden, _newton_krylov, _picard):
         register_solver(f"deqsolvers{solver.__name__}", solver)
 
 
@@ -84,6 +85,12 @@ def _anderson(
 ) -> _Result:
     # m pairs have m - 1 differences.
     return _solve(Anderson(memory=max(m - 1, 1), damping=tau), func, x0, **options)
+
+
+def _anderson_type_one(
+    func: Callable[[Any], Any], x0: Any, *, m: int = 6, tau: float = 1.0, **options: Any
+) -> _Result:
+    return _solve(AndersonTypeI(memory=max(m - 1, 1), damping=tau), func, x0, **options)
 
 
 def _broyden(

@@ -8,6 +8,7 @@ from torch import nn
 from deqsolvers import (
     DEQ,
     Anderson,
+    AndersonTypeI,
     Broyden,
     Implicit,
     NewtonKrylov,
@@ -19,17 +20,23 @@ from deqsolvers import (
 from tests.deqsolvers.maps import LinearMap, TanhMap, normal
 from tests.problems import PROBLEMS, breaking, linear, scaled, symmetric, tanh_deq, with_spectrum
 
-SOLVERS: list[Solver] = [Picard(), Anderson(), Broyden(), NewtonKrylov()]
+SOLVERS: list[Solver] = [Picard(), Anderson(), AndersonTypeI(), Broyden(), NewtonKrylov()]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 # torchdeq adds 1e-4 to every Gram matrix unless told otherwise, and stops short of 1e-9.
-PAIRS = {"anderson": (Anderson(memory=5), {"lam": 1e-12}), "broyden": (Broyden(memory=50), {})}
+TIGHT = {"lam": 1e-12}
+PAIRS: list[tuple[str, Solver, dict[str, float]]] = [
+    ("anderson", Anderson(memory=5), TIGHT),
+    ("anderson", AndersonTypeI(memory=5), TIGHT),
+    ("broyden", Broyden(memory=50), {}),
+]
 
 
-@pytest.mark.parametrize("method", PAIRS)
+@pytest.mark.parametrize(("method", "solver", "options"), PAIRS, ids=repr)
 @pytest.mark.parametrize("name", ["tanh", "perceptron", "convolution", "symmetric 0.5", "bratu"])
-def test_the_same_fixed_points(name: str, method: str) -> None:
+def test_the_same_fixed_points(
+    name: str, method: str, solver: Solver, options: dict[str, float]
+) -> None:
     problem = PROBLEMS[name]()
-    solver, options = PAIRS[method]
     theirs, _, _ = torchdeq.get_solver(method)(
         lambda z: problem.f(z, *problem.inputs),
         problem.z0,
@@ -68,7 +75,7 @@ def test_the_same_implicit_gradients(name: str) -> None:
 
 
 # Of six evaluations Newton-Krylov spends five on probes.
-@pytest.mark.parametrize("solver", SOLVERS[:3], ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS[:4], ids=repr)
 def test_fault_1_one_nan_evaluation_keeps_the_best_so_far(solver: Solver) -> None:
     problem = breaking(after=5, sample=0)
     solution = fixed_point(problem.f, problem.z0, problem.inputs, solver=solver, tol=1e-9)
@@ -160,7 +167,8 @@ def test_fault_5_native_half_precision(solver: Solver, dtype: torch.dtype) -> No
 
 def test_fault_6_a_memory_of_one() -> None:
     problem = symmetric(0.5)
-    for solver in (Anderson(memory=1), Broyden(memory=1), NewtonKrylov(memory=1)):
+    for method in (Anderson, AndersonTypeI, Broyden, NewtonKrylov):
+        solver = method(memory=1)
         solution = fixed_point(problem.f, problem.z0, problem.inputs, solver=solver)
         assert solution.converged.all()
 

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 from deqsolvers import (
     DEQ,
     Anderson,
+    Backward,
     Broyden,
     ConvergenceWarning,
     Implicit,
     JacobianFree,
     Phantom,
     Picard,
+    Shine,
+    Solution,
     Solver,
     Status,
+    Unrolled,
 )
 from tests.deqsolvers.maps import TanhMap, normal
 from tests.deqsolvers.references import EXACT, exact, unrolled
@@ -237,3 +241,51 @@ def test_image_states_have_gradients_of_their_shape(backward: Any) -> None:
     assert x.grad is not None
     assert x.grad.shape == x.shape
     assert z.shape == problem.z0.shape
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "bf16 autocast", "fp32"])
+def test_the_default_tolerance_is_one_that_the_precision_can_reach(kind: str) -> None:
+    state = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32)
+    floor = {"bf16": 5e-3, "fp16": 6e-4, "bf16 autocast": 5e-3, "fp32": 1e-4}[kind]
+    matrix = torch.linalg.qr(normal(32, 32)).Q.to(state)
+    x = normal(8, 32).to(state).requires_grad_()
+
+    def gradient(backward: Implicit) -> Solution:
+        def f(z: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(0.9 * z @ matrix + x)
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "bf16 autocast"):
+            z, solution = DEQ(f, tol=5e-3, backward=backward)(x)
+        z.float().square().sum().backward()
+        assert solution.backward is not None
+        return solution.backward
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        found = gradient(Implicit())
+    assert found.converged.all()
+    assert (found.residual <= floor).all()
+    assert found.residual.max() > floor / 100  # as loose as that, not by accident
+    if floor == 5e-3:  # which is why
+        with pytest.warns(ConvergenceWarning):
+            gradient(Implicit(tol=1e-4))
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        Implicit(),
+        Implicit(Broyden(memory=9, damping=0.5), tol=1e-7, max_steps=80),
+        Implicit(tol=None),
+        Phantom(3, 0.7),
+        JacobianFree(),
+        Shine(fallback=2.5),
+        Unrolled(),
+    ],
+    ids=repr,
+)
+def test_a_repr_makes_the_same_object(backward: Backward) -> None:
+    other = eval(repr(backward))
+    assert type(other) is type(backward)
+    assert repr(other) == repr(backward)
+    assert getattr(other, "options", None) == getattr(backward, "options", None)

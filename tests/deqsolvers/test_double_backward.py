@@ -100,6 +100,27 @@ def test_third_derivative() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
+def test_third_derivative_by_a_computed_tensor_is_an_error_whose_remedies_work() -> None:
+    layer = exact(lambda z, x: torch.tanh(0.5 * z + x))
+
+    def derivative(x: Tensor, target: Tensor) -> Tensor:
+        value = layer(x)[0].sum()
+        for _ in range(3):
+            (value,) = torch.autograd.grad(value.sum(), target, create_graph=True)
+        return value.detach()
+
+    source = normal(2, 3).requires_grad_()
+    x = 1 * source
+    with pytest.raises(RuntimeError, match="third and higher derivatives with respect to leaf"):
+        derivative(x, x)
+    leaf = x.detach().requires_grad_()
+    torch.testing.assert_close(derivative(leaf, leaf), derivative(x, source))
+    value = unrolled(lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(leaf), leaf)
+    for _ in range(3):
+        (value,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+    torch.testing.assert_close(derivative(leaf, leaf), value.detach(), rtol=1e-6, atol=1e-8)
+
+
 def test_gradient_penalty_trains_the_parameters_of_a_module() -> None:
     f, x = TanhMap(5, norm=0.7), normal(3, 5, seed=7).requires_grad_()
     found: list[Any] = []

@@ -21,6 +21,7 @@ NAMES = [
     "deqsolvers_broyden",
     "deqsolvers_picard",
     "deqsolvers_newton_krylov",
+    "deqsolvers_anderson_type_one",
 ]
 every_solver = pytest.mark.parametrize("name", NAMES)
 EXACT: dict[str, Any] = {"f_tol": 1e-10, "b_tol": 1e-10, "f_max_iter": 200, "b_max_iter": 200}

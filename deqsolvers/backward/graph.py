@@ -1,0 +1,53 @@
+"""What a recorded graph was computed from, and what a backward pass asks of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def closure_leaves(root: Tensor, known: tuple[Tensor, ...]) -> list[Tensor]:
+    """The leaf tensors that ``root`` was computed from, other than through ``known``."""
+    seen: set[Any] = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    found = []
+    waiting = [root.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is tensor for tensor in known):
+            found.append(variable)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def refuse_computed_targets(root: Tensor, aliases: tuple[Any, ...], reason: str) -> None:
+    """RuntimeError, for this ``reason``, if this pass asks for the gradient of a computed tensor in
+    f's closure.
+
+    It is where the pass ends without having come to a leaf or to an input's alias. Its gradient
+    would be too small, for what f depends on through it is returned to the leaves.
+    """
+    seen: set[Any] = set(aliases)
+    waiting = [root.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or not _runs(node):
+            continue
+        seen.add(node)
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if parents and not any(map(_runs, parents)):
+            raise RuntimeError(reason)
+        waiting.extend(parents)
+
+
+def _runs(node: Any) -> bool:
+    """Whether the backward pass that is under way comes to ``node``."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch's answer for a leaf whose gradient autograd.grad was asked for
+        return True

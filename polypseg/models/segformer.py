@@ -60,7 +60,11 @@ class SegFormer(SegmentationModel):
                 weight = (part @ project.weight.flatten(1))[..., None, None]
                 bias = part @ cast(Tensor, project.bias)
             y = F.conv2d(x, weight, bias)
-            if total is not None:
-                y = F.interpolate(y, size, mode="bilinear", align_corners=False)
-            total = y if total is None else total + y
+            if total is None:
+                total = y
+                continue
+            # On a CPU autocast would interpolate in float32: a quarter of a training step, and its
+            # result is not more precise than the convolution's.
+            with torch.autocast(x.device.type, enabled=False):
+                total = total + F.interpolate(y, size, mode="bilinear", align_corners=False)
         return cast(Tensor, total)

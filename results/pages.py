@@ -14,15 +14,29 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-from polypseg.paper import SETS, TABLE_2
+from polypseg.paper import NEOPOLYP, SETS, TABLE_2, TABLE_3, TARGETS
 from polypseg.run_config import load_run_config
 from polypseg.scores import SummaryRow, read_rows
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
 RUN = "polypdeq-add-256-all"  # the run whose figures the README shows
+# By the paper's name of each system: the run and the solver that stand beside it.
+SYSTEMS = {
+    "MDEQ, explicit": ("mdeq-256-all", "explicit"),
+    "MDEQ, implicit": ("mdeq-256-all", "anderson"),
+    "SegFormer-B0": ("segformer-b0-256-all", "explicit"),
+    "PolypDEQ-add, implicit": (RUN, "anderson"),
+    "PolypDEQ-res, implicit": ("polypdeq-res-256-all", "anderson"),
+    "HyperPolypDEQ": (RUN, "hyper"),
+}
+NEOPOLYP_SYSTEMS = {
+    "PolypDEQ-add, implicit": ("polypdeq-add-neopolyp-256", "anderson"),
+    "HyperPolypDEQ": ("polypdeq-add-neopolyp-256", "hyper"),
+}
 SOLVERS = {
     "explicit": "explicit, one evaluation",
     "broyden": "implicit, Broyden",
@@ -73,7 +87,42 @@ def readme() -> str:
         "```sh\npolypseg-train runs/mine --data DATA --encoder-weights mit_b0_ade20k.safetensors "
         f"--config results/{RUN}/config.yaml\npolypseg-evaluate runs/mine --data DATA\n```"
     )
-    return "\n\n".join([text, textwrap.fill(closing, 105), command])
+    return "\n\n".join([text, textwrap.fill(closing, 105), _systems(), command])
+
+
+def _systems() -> str:
+    """Every system that was trained, as ours / the paper's."""
+    lines = [
+        "Dice of each system as ours / the paper's (NeoPolyp: on 200 images held out of the public "
+        "1000, the paper's on 200 of its own):\n",
+        "| | Kvasir | ClinicDB | NeoPolyp neoplastic | non-neoplastic | polyp |",
+        "|---" * 6 + "|",
+    ]
+    for name, published in TABLE_2.items():
+        cells = _cells(SYSTEMS[name], SETS[:2], ("polyp",), published[:2])
+        run = NEOPOLYP_SYSTEMS.get(name)
+        cells += _cells(run, (NEOPOLYP,), TARGETS, TABLE_3.get(name, ()))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(
+    system: tuple[str, str] | None,
+    sets: Sequence[str],
+    targets: Sequence[str],
+    published: Sequence[tuple[float, float]],
+) -> list[str]:
+    own = {}
+    if system is not None and (RESULTS / system[0]).exists():
+        path = RESULTS / system[0] / "evaluation" / "summary.csv"
+        own = {
+            (row.data, row.target): f"{100 * row.mDice:.1f}"
+            for row in read_rows(path, SummaryRow)
+            if row.protocol == "default" and row.solver == system[1]
+        }
+    columns = [(data, target) for data in sets for target in targets]
+    theirs = [f"{dice}" for dice, _ in published] or ["–"] * len(columns)
+    return [f"{own.get(c, '–')} / {paper}" for c, paper in zip(columns, theirs, strict=True)]
 
 
 def hypersolver() -> str:

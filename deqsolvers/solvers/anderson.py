@@ -95,7 +95,7 @@ class Anderson(Solver):
             df=df,
             dg=dg,
             gram=Gram(self.memory, z),
-            products=z.new_zeros(batch, 0, dtype=torch.float64),
+            products=z.new_zeros(batch, dg.filled, dtype=torch.float64),
             length=torch.zeros(batch, dtype=torch.int64, device=z.device) if masks else None,
             smallest=z.new_full((batch,), torch.inf),
             least=z.new_full((batch,), _TINY, dtype=torch.float64),

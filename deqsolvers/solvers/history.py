@@ -11,6 +11,8 @@ from deqsolvers.modes import may_overwrite
 
 # From this width on it pays to cut a row for several cores.
 _LONG = 16384
+# Up to this many bytes it costs less to work on a history of zeros than to let it grow.
+_SMALL = 2 * 2**20
 
 
 @dataclass
@@ -32,21 +34,27 @@ class History:
     otherwise it writes in place, and the views of the buffer are made once.
     """
 
-    def __init__(self, size: int, like: Tensor, buffer: Tensor | None = None):
+    def __init__(self, size: int, like: Tensor, buffer: Tensor | None = None, full: bool = False):
+        """``buffer`` is memory (size, B, features), fresh if not given; ``full`` tells that what it
+        holds counts as entries."""
         self.size = size
         self.pushed = 0
+        self._full = full
         self._in_place = may_overwrite()
         self._hold(like.new_empty(size, *like.shape) if buffer is None else buffer)
 
     @staticmethod
     def pair(size: int, like: Tensor) -> tuple[History, History]:
-        """Two histories in one allocation.
+        """Two histories in one allocation; small ones written in place start full of zeros.
 
         glibc keeps freed memory for the next solve up to twice the largest piece, so that one piece
         of memory stays where two halves would go back, and come again by page faults.
         """
         both = like.new_empty(2, size, *like.shape)
-        return History(size, like, both[0]), History(size, like, both[1])
+        full = may_overwrite() and size * like.numel() * like.element_size() <= _SMALL
+        if full:
+            both.zero_()
+        return History(size, like, both[0], full), History(size, like, both[1], full)
 
     def _hold(self, buffer: Tensor) -> None:
         self.buffer = buffer
@@ -57,7 +65,7 @@ class History:
     @property
     def filled(self) -> int:
         """How many slots hold data."""
-        return min(self.pushed, self.size)
+        return self.size if self._full else min(self.pushed, self.size)
 
     @property
     def slot(self) -> int:
@@ -185,6 +193,7 @@ class Gram:
 
     def __init__(self, size: int, like: Tensor):
         self.matrix = like.new_zeros(like.shape[0], size, size, dtype=torch.float64)
+        self.matrix.diagonal(dim1=1, dim2=2).fill_(1)  # an entry of zeros is to make no difference
         self._in_place = may_overwrite()
         self.filled = self.matrix[:, :0, :0]  # (B, filled, filled) of it
         self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}

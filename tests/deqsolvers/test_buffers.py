@@ -8,8 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqsolvers import DEQ, Anderson, Broyden, Picard, Shine, Solver, StepInfo, buffers, fixed_point
-from deqsolvers.solvers import History
+from deqsolvers import (
+    DEQ,
+    Anderson,
+    AndersonTypeI,
+    Broyden,
+    Picard,
+    Shine,
+    Solution,
+    Solver,
+    StepInfo,
+    buffers,
+    fixed_point,
+)
+from deqsolvers.solvers import History, history
 from tests.deqsolvers.maps import normal
 
 WIDE = 40_000  # large enough for memory to be used again, and for rows to be cut
@@ -175,3 +187,29 @@ def test_two_solves_before_their_backward_passes() -> None:
     torch.testing.assert_close(
         gradients(shared, shared), gradients(Broyden(), Broyden()), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("method", [Anderson, AndersonTypeI])
+@pytest.mark.parametrize("options", [{}, {"damping": 0.6}, {"safeguard": 1.0}], ids=str)
+def test_a_history_that_starts_full_of_zeros_changes_no_step(
+    method: type[Anderson], options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where samples leave the batch, and where the history starts again."""
+    rates = torch.tensor([[0.1], [0.95], [2.0], [-1.5]], dtype=torch.float64)
+    shift = normal(4, 30)
+
+    def solve() -> Solution:
+        return fixed_point(
+            lambda z, x, rates: torch.tanh(rates * z.roll(1, dims=1) + x),
+            torch.zeros_like(shift),
+            (shift, rates),
+            solver=method(5, **options),
+            tol=1e-6,
+            max_steps=25,
+        )
+
+    found = solve()
+    monkeypatch.setattr(history, "_SMALL", 0)
+    grown = solve()
+    assert torch.equal(found.steps, grown.steps)
+    torch.testing.assert_close(found.z, grown.z, rtol=1e-6, atol=1e-6)

@@ -72,7 +72,9 @@ def make(name: str, f: nn.Module, x: Tensor, settings: Settings, tol: float = 1e
 
 
 def _solve(f: nn.Module, z0: Tensor, x: Tensor, tol: float) -> Tensor:
-    return fixed_point(f, z0, (x,), solver=Anderson(10), tol=tol, max_steps=2000).z
+    # The safeguard, because a trained network far from its images can hold plain Anderson up.
+    careful = Anderson(10, safeguard=1.0)
+    return fixed_point(f, z0, (x,), solver=careful, tol=tol, max_steps=2000, stall_after=200).z
 
 
 @cache

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from mmap import PAGESIZE
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from benchmarks.settings import Settings
 from deqsolvers import DEQ, Picard, fixed_point
 
 BATCH, FEATURES = 16, 250_000
-STATE = BATCH * FEATURES * 4
+# The system hands out whole pages.
+STATE = -(-BATCH * FEATURES * 4 // PAGESIZE) * PAGESIZE
 
 Case = Callable[[Settings], Callable[[], object]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Buffers:
         for tensor, unused in self._own:
             if _owners(tensor) == unused:
                 return tensor.detach()
+        _raise_trim_threshold()
         tensor = torch.empty_like(x)
         self._own.append((tensor, _owners(tensor)))
         return tensor.detach()
@@ -46,8 +48,8 @@ class Buffers:
 class Reserve:
     """The memory of a solver's last history, kept for its next solve where malloc would not.
 
-    Page faults on fresh memory take a fifth of a Broyden solve with a large history. While the
-    memory is in use, by another thread or what a solve left, the next solve gets memory of its own.
+    Page faults on fresh memory take a fifth of a solve with a large history. While the memory is in
+    use, by another thread or what a solve left, the next solve gets memory of its own.
     Copies and pickles of a reserve are empty.
     """
 
@@ -67,6 +69,7 @@ class Reserve:
             return like.new_empty(shape)
         with self._lock:
             if not self._serves(size):
+                _raise_trim_threshold()
                 self._kept = None  # before there is more
                 with torch.inference_mode(False):  # other solves could not write there
                     self._kept = torch.empty(size, dtype=torch.uint8)
@@ -78,6 +81,16 @@ class Reserve:
         if self._kept is None or _owners(self._kept) != self._unused:
             return False
         return size <= len(self._kept) <= 2 * size
+
+
+@cache
+def _raise_trim_threshold() -> None:
+    """Let glibc keep up to 64 MiB of what is freed, rather than twice its largest block so far.
+
+    Otherwise what f returns and what a step needs is mapped anew time and again. glibc learns it
+    from a large block that is freed; of this one not a page is touched.
+    """
+    torch.empty(_RETURNED - _LARGE, dtype=torch.uint8)
 
 
 def _owners(x: Tensor) -> int:

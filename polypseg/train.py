@@ -31,6 +31,7 @@ from polypseg.data import (
 from polypseg.distributed import Processes, choose_device, join_processes, leave_processes
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
+from polypseg.malloc import keep_freed_memory
 from polypseg.models import build_model, load_pretrained
 from polypseg.network_training import train_explicit, train_implicit
 from polypseg.run_config import added_settings, differences, load_run_config
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     phases = _phases(arguments.phases, config)
     device = choose_device(arguments.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     processes, device = join_processes(device)
     with contextlib.ExitStack() as stack:
         stack.callback(leave_processes, processes)

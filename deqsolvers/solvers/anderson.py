@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deqsolvers.buffers import Buffers
+from deqsolvers.buffers import Buffers, Reserve
 from deqsolvers.modes import may_look
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
 from deqsolvers.solvers.history import Gram, History, row_norms
@@ -57,6 +57,8 @@ class Anderson(Solver):
     column scaled to length one, so that ``regularization`` means the same at every scale of f. A
     sample whose system is singular all the same takes a plain step and starts its history again.
 
+    On a CPU a solver keeps the memory of histories above 32 MiB for its next solve.
+
     Args:
         memory: how many differences are kept, at least 1.
         damping: the mixing factor beta in (0, 1]; below 1 the step keeps part of the mixed iterate.
@@ -83,6 +85,7 @@ class Anderson(Solver):
             raise ValueError(f"safeguard must be at least 1, got {safeguard}")
         self.regularization = regularization
         self.safeguard = safeguard
+        self._reserve = Reserve()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(memory={self.memory}, damping={self.damping})"
@@ -90,7 +93,7 @@ class Anderson(Solver):
     def init(self, z: Tensor, layout: Layout) -> AndersonMemory:
         batch = z.shape[0]
         masks = not may_look(z)
-        df, dg = History.pair(self.memory, z)
+        df, dg = History.pair(self.memory, z, self._reserve)
         return AndersonMemory(
             df=df,
             dg=dg,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqsolvers.buffers import Reserve
 from deqsolvers.modes import may_overwrite
 
 # From this width on it pays to cut a row for several cores.
@@ -44,13 +45,13 @@ class History:
         self._hold(like.new_empty(size, *like.shape) if buffer is None else buffer)
 
     @staticmethod
-    def pair(size: int, like: Tensor) -> tuple[History, History]:
+    def pair(size: int, like: Tensor, reserve: Reserve) -> tuple[History, History]:
         """Two histories in one allocation; small ones written in place start full of zeros.
 
         glibc keeps freed memory for the next solve up to twice the largest piece, so that one piece
         of memory stays where two halves would go back, and come again by page faults.
         """
-        both = like.new_empty(2, size, *like.shape)
+        both = reserve.empty((2, size, *like.shape), like)
         full = may_overwrite() and size * like.numel() * like.element_size() <= _SMALL
         if full:
             both.zero_()

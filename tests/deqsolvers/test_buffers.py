@@ -127,28 +127,34 @@ def reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "_RETURNED", 0)
 
 
-def history_of(solver: Broyden) -> Tensor:
+def history_of(solver: Solver) -> Tensor:
     """That of a solve, as it was at the end."""
     histories: list[Tensor] = []
 
     def note(info: StepInfo) -> None:
-        histories[:] = [info.memory.steps.buffer]
+        memory = info.memory
+        histories[:] = [(memory.steps if isinstance(solver, Broyden) else memory.dg).buffer]
 
     shift = normal(2, 50, dtype=torch.float32)
     fixed_point(lambda z: torch.tanh(0.9 * z + shift), shift, solver=solver, callback=note)
     return histories[0]
 
 
+with_history = pytest.mark.parametrize("make", [Anderson, AndersonTypeI, Broyden])
+
+
 @pytest.mark.usefixtures("reserved")
-def test_the_next_solve_uses_the_memory_of_a_history_again() -> None:
-    solver = Broyden(4)
+@with_history
+def test_the_next_solve_uses_the_memory_of_a_history_again(make: Callable[[int], Solver]) -> None:
+    solver = make(4)
     place = history_of(solver).data_ptr()
     assert history_of(solver).data_ptr() == place
 
 
 @pytest.mark.usefixtures("reserved")
-def test_a_history_that_is_still_looked_at_is_left_alone() -> None:
-    solver = Broyden(4)
+@with_history
+def test_a_history_that_is_still_looked_at_is_left_alone(make: Callable[[int], Solver]) -> None:
+    solver = make(4)
     kept = history_of(solver)
     before = kept.clone()
     assert history_of(solver).data_ptr() != kept.data_ptr()
@@ -156,17 +162,23 @@ def test_a_history_that_is_still_looked_at_is_left_alone() -> None:
 
 
 @pytest.mark.usefixtures("reserved")
-def test_memory_of_a_solve_in_inference_mode_serves_one_outside() -> None:
-    solver = Broyden(4)
+@with_history
+def test_memory_of_a_solve_in_inference_mode_serves_one_outside(
+    make: Callable[[int], Solver],
+) -> None:
+    solver = make(4)
     with torch.inference_mode():
         place = history_of(solver).data_ptr()
     assert history_of(solver).data_ptr() == place
 
 
 @pytest.mark.usefixtures("reserved")
+@with_history
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copied_solver_has_memory_of_its_own(copied: Callable[[Broyden], Broyden]) -> None:
-    solver = Broyden(4)
+def test_a_copied_solver_has_memory_of_its_own(
+    make: Callable[[int], Solver], copied: Callable[[Solver], Solver]
+) -> None:
+    solver = make(4)
     place = history_of(solver).data_ptr()
     other = copied(solver)
     assert repr(other) == repr(solver)

@@ -3,7 +3,8 @@
 Usage: python results/pages.py [--check]
 
 Between the lines <!-- NAME: ... --> and <!-- NAME end --> of README.md and docs/hypersolver.md
-stands what this script makes of the CSV files in results/, so that no figure is typed by hand. With
+stands what this script makes of the CSV files in results/ and benchmarks/results/, so that no
+figure is typed by hand. With
 --check nothing is written, and the exit code is 1 where a page is stale.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import sys
 import textwrap
@@ -37,6 +39,8 @@ NEOPOLYP_SYSTEMS = {
     "PolypDEQ-add, implicit": ("polypdeq-add-neopolyp-256", "anderson"),
     "HyperPolypDEQ": ("polypdeq-add-neopolyp-256", "hyper"),
 }
+BENCHMARK = "benchmarks/results/cpu-2-cores"
+TIMED = ("Anderson", "Broyden")
 SOLVERS = {
     "explicit": "explicit, one evaluation",
     "broyden": "implicit, Broyden",
@@ -142,7 +146,27 @@ def hypersolver() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    """What a step costs beyond f, beside torchdeq."""
+    head = [f"{method}: {each}" for method in TIMED for each in ("ours", "torchdeq", "ratio")]
+    lines = [f"| batch x features | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    with (ROOT / BENCHMARK / "overhead.csv").open(newline="") as file:
+        found = {
+            (row["method"], int(row["batch"]), int(row["features"])): row
+            for row in csv.DictReader(file)
+        }
+    for batch, features in sorted({key[1:] for key in found}, key=math.prod):
+        cells = []
+        for method in TIMED:
+            row = found[method, batch, features]
+            cells += [f"{float(row[f'{each} [ms]']):.3g} ms" for each in ("ours", "torchdeq")]
+            cells.append(f"{float(row['torchdeq / ours']):.1f}")
+        lines.append(f"| {batch} x {features:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "speed": (ROOT / "README.md", speed),
     "results": (ROOT / "README.md", readme),
     "distances": (ROOT / "docs" / "hypersolver.md", hypersolver),
 }

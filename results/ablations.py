@@ -4,8 +4,10 @@
 ``ablations.csv`` is a training that differs from the first one in a single setting, scored on the
 validation images (145 of the 1450; no test image is read). A row that changes the implicit phase
 starts from the first row's explicit weights, one that changes the HyperSolver from its implicit
-weights too. Runs are kept in FOLDER and go on where they stopped; after each the table is written
-anew, so that a cut leaves the finished rows. Seconds are those of the phases that a row trained.
+weights too. The injection is compared by the longer runs polypdeq-add-256-all and
+polypdeq-res-256-all. Runs are kept in FOLDER and go on where they stopped; after each the table is
+written anew, so that a cut leaves the finished rows. Seconds are those of the phases that a row
+trained.
 """
 
 from __future__ import annotations
@@ -30,18 +32,17 @@ SCHEDULE = (
 BASE = "polypdeq-add: phantom, Jacobian 1, HyperSolver m = 5, K = 3"
 # What is changed, the first phase that it changes, the settings.
 CHANGES = {
-    "injection: res": ("explicit", ["model.name=polypdeq-res"]),
-    "backward: implicit": ("implicit", ["implicit.backward=implicit"]),
-    "backward: jacobian-free": ("implicit", ["implicit.backward=jacobian-free"]),
-    "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
-    "implicit learning rate / 4": ("implicit", ["implicit.lr=5e-5"]),
-    "strategy: alternating": ("implicit", ["implicit.epochs=2", "hyper.alternate=1"]),
-    "strategy: after, as long": ("implicit", ["implicit.epochs=2"]),
     "HyperSolver: m = 2": ("hyper", ["hyper.memory=2"]),
     "HyperSolver: m = 3": ("hyper", ["hyper.memory=3"]),
     "HyperSolver: m = 4": ("hyper", ["hyper.memory=4"]),
     "HyperSolver: no preconditioner": ("hyper", ["hyper.rank=0"]),
     "HyperSolver: paper's initializer": ("hyper", ["hyper.initializer=convolution"]),
+    "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
+    "backward: jacobian-free": ("implicit", ["implicit.backward=jacobian-free"]),
+    "backward: implicit": ("implicit", ["implicit.backward=implicit"]),
+    "implicit learning rate / 4": ("implicit", ["implicit.lr=5e-5"]),
+    "strategy: alternating": ("implicit", ["implicit.epochs=2", "hyper.alternate=1"]),
+    "strategy: after, as long": ("implicit", ["implicit.epochs=2"]),
     "HyperSolver: K = 6": ("hyper", ["hyper.steps=6"]),
 }
 COLUMNS = {

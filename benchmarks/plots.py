@@ -85,7 +85,7 @@ def _by_problem(
         mine = [row for row in rows if row.key["problem"] == problem]
         first = mine[0].key
         known = "" if "radius" in problem else f", radius {first['radius']:.2f}"
-        panel.set_title(f"{problem} ({first['batch']} x {first['features']}{known})", fontsize=9)
+        panel.set_title(f"{problem}\n({first['batch']} x {first['features']}{known})", fontsize=9)
         for (method, library), line in _groups(mine, "method", "library").items():
             x, y = ([_number(row, column) for row in line] for _, column in (horizontal, vertical))
             panel.plot(x, y, **line_style(method, library))

@@ -32,12 +32,12 @@ SCHEDULE = (
 BASE = "polypdeq-add: phantom, Jacobian 1, HyperSolver m = 5, K = 3"
 # What is changed, the first phase that it changes, the settings.
 CHANGES = {
+    "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
     "HyperSolver: m = 2": ("hyper", ["hyper.memory=2"]),
     "HyperSolver: m = 3": ("hyper", ["hyper.memory=3"]),
     "HyperSolver: m = 4": ("hyper", ["hyper.memory=4"]),
     "HyperSolver: no preconditioner": ("hyper", ["hyper.rank=0"]),
     "HyperSolver: paper's initializer": ("hyper", ["hyper.initializer=convolution"]),
-    "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
     "backward: jacobian-free": ("implicit", ["implicit.backward=jacobian-free"]),
     "backward: implicit": ("implicit", ["implicit.backward=implicit"]),
     "implicit learning rate / 4": ("implicit", ["implicit.lr=5e-5"]),

@@ -12,21 +12,24 @@ from torch import Tensor
 
 from benchmarks.problems import Problem, make
 from benchmarks.settings import Settings
+from polypseg.checkpoint import CheckpointError
 from polypseg.data import list_images, read_image, resize_image, to_tensor
 from polypseg.data.synthetic import draw_pair
 from polypseg.models import PolypDEQ
+from polypseg.released import released_run
 
-# Where released models lie, each a folder like a run of polypseg-train.
-MODELS = Path(__file__).resolve().parent.parent / "models"
 # Where the records of runs lie, without weights.
-RUNS = MODELS.parent / "results"
+RUNS = Path(__file__).resolve().parent.parent / "results"
 
 
 def trained_runs(settings: Settings) -> list[Path]:
-    """The runs that were asked for, or else the released models that are here."""
+    """The runs that were asked for, or else the model that polypseg-predict uses, if it is here."""
     if settings.runs:
         return list(settings.runs)
-    return sorted(path.parent for path in MODELS.glob("*/config.yaml"))
+    try:
+        return [released_run()]
+    except CheckpointError:
+        return []
 
 
 def images(count: int, size: int, settings: Settings) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from polypseg.checkpoint import CheckpointError, load_weights, save_weights, write_atomic
 from polypseg.evaluate import evaluate_run
 from polypseg.evaluation import Evaluation
+from polypseg.released import RELEASED
 from polypseg.run_config import load_run_config
 from polypseg.testsets import NOTES, find_test_sets
 
@@ -69,6 +70,7 @@ def write_card(out: Path, evaluation: Evaluation, data: str) -> None:
         f"{row.evaluations_mean:.1f} | {row.seconds_median:.3f} |"
         for row in evaluation.summary
     ]
+    chosen = "" if out.resolve() == RELEASED else f" --run models/{out.name}"
     notes = [f"- {NOTES[name]}" for name in evaluation.rows if name in NOTES]
     text = f"""# {config.model.name}, released weights
 
@@ -78,7 +80,7 @@ treatment.**
 
 - `implicit.safetensors` is the network, `hyper.safetensors` the HyperSolver; both are stored
   in half precision and computed in single. `sha256sum -c {CHECKSUMS}` checks them.
-- `polypseg-predict IMAGE` in a clone of the repository uses them.
+- `polypseg-predict IMAGE{chosen}` in a clone of the repository uses them.
 
 ## Training
 

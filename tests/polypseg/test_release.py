@@ -1,6 +1,7 @@
 """Releasing a run: what is written, what it holds, and what is refused."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,16 +10,31 @@ import torch
 from polypseg import released
 from polypseg.checkpoint import CheckpointError, load_weights, save_weights
 from polypseg.cli import predict
+from polypseg.inference import load_model
 from polypseg.predictor import Predictor
 from polypseg.release import write_release
+
+
+def check_sums(folder):
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_models_of_the_repository_are_whole_and_small():
+    models = Path(__file__).parents[2] / "models"
+    folders = [path.parent for path in models.glob("*/config.yaml")]
+    assert folders
+    for folder in folders:
+        check_sums(folder)
+        assert load_model(folder, "hyper")
+    assert sum(path.stat().st_size for path in models.rglob("*") if path.is_file()) <= 20e6
 
 
 def test_weights_are_the_runs_in_half_precision_with_true_checksums(tiny_run, tmp_path):
     out = tmp_path / "release"
     write_release(tiny_run, out)
-    for line in (out / "SHA256SUMS").read_text().splitlines():
-        digest, name = line.split()
-        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+    check_sums(out)
     own, _ = load_weights(tiny_run / "implicit.safetensors")
     stored, _ = load_weights(out / "implicit.safetensors")
     assert own.keys() == stored.keys()

@@ -34,6 +34,7 @@ SYSTEMS = {
     "PolypDEQ-add, implicit": (RUN, "anderson"),
     "PolypDEQ-res, implicit": ("polypdeq-res-256-all", "anderson"),
     "HyperPolypDEQ": (RUN, "hyper"),
+    "PolypDEQ-res, HyperSolver": ("polypdeq-res-256-all", "hyper"),
 }
 NEOPOLYP_SYSTEMS = {
     "PolypDEQ-add, implicit": ("polypdeq-add-neopolyp-256", "anderson"),
@@ -102,8 +103,8 @@ def _systems() -> str:
         "| | Kvasir | ClinicDB | NeoPolyp neoplastic | non-neoplastic | polyp |",
         "|---" * 6 + "|",
     ]
-    for name, published in TABLE_2.items():
-        cells = _cells(SYSTEMS[name], SETS[:2], ("polyp",), published[:2])
+    for name, system in SYSTEMS.items():
+        cells = _cells(system, SETS[:2], ("polyp",), TABLE_2.get(name, ())[:2])
         run = NEOPOLYP_SYSTEMS.get(name)
         cells += _cells(run, (NEOPOLYP,), TARGETS, TABLE_3.get(name, ()))
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -69,7 +69,6 @@ class Reserve:
             return like.new_empty(shape)
         with self._lock:
             if not self._serves(size):
-                _raise_trim_threshold()
                 self._kept = None  # before there is more
                 with torch.inference_mode(False):  # other solves could not write there
                     self._kept = torch.empty(size, dtype=torch.uint8)

@@ -4,8 +4,8 @@ Usage: python results/pages.py [--check]
 
 Between the lines <!-- NAME: ... --> and <!-- NAME end --> of README.md and docs/hypersolver.md
 stands what this script makes of the CSV files in results/ and benchmarks/results/, so that no
-figure is typed by hand. With
---check nothing is written, and the exit code is 1 where a page is stale.
+figure is typed by hand. With --check nothing is written, and the exit code is 1 where a page is
+stale.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NEOPOLYP_SYSTEMS = {
     "PolypDEQ-add, implicit": ("polypdeq-add-neopolyp-256", "anderson"),
     "HyperPolypDEQ": ("polypdeq-add-neopolyp-256", "hyper"),
 }
-BENCHMARK = "benchmarks/results/cpu-2-cores"
+OVERHEAD = ROOT / "benchmarks" / "results" / "cpu-2-cores" / "overhead.csv"
 TIMED = ("Anderson", "Broyden")
 SOLVERS = {
     "explicit": "explicit, one evaluation",
@@ -151,7 +151,7 @@ def speed() -> str:
     """What a step costs beyond f, beside torchdeq."""
     head = [f"{method}: {each}" for method in TIMED for each in ("ours", "torchdeq", "ratio")]
     lines = [f"| batch x features | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    with (ROOT / BENCHMARK / "overhead.csv").open(newline="") as file:
+    with OVERHEAD.open(newline="") as file:
         found = {
             (row["method"], int(row["batch"]), int(row["features"])): row
             for row in csv.DictReader(file)

@@ -46,10 +46,9 @@ class History:
 
     @staticmethod
     def pair(size: int, like: Tensor, reserve: Reserve) -> tuple[History, History]:
-        """Two histories in one allocation; small ones written in place start full of zeros.
+        """Two histories in one piece of memory, since ``reserve`` keeps one for the next solve.
 
-        glibc keeps freed memory for the next solve up to twice the largest piece, so that one piece
-        of memory stays where two halves would go back, and come again by page faults.
+        Small ones written in place start full of zeros.
         """
         both = reserve.empty((2, size, *like.shape), like)
         full = may_overwrite() and size * like.numel() * like.element_size() <= _SMALL

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from polypseg.examples import Example
 from polypseg.paper import CAVEAT, beside_the_paper
 from polypseg.plots import accuracy_against_time, residual_plot
 from polypseg.protocols import POLYP
+from polypseg.runs import read_epochs
 from polypseg.scores import TABLE_HEADER, ImageRow, SummaryRow, by_kind, read_rows, table_cells
 
 EVALUATION = "evaluation"
@@ -188,8 +188,7 @@ def _traces(traces: Mapping[str, Sequence[np.ndarray]]) -> str:
 def _training(run: Path) -> str:
     parts = []
     if (run / "results.csv").is_file():
-        with open(run / "results.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_epochs(run / "results.csv")
         last = {row["phase"]: row for row in rows}  # later rows of a phase replace earlier ones
         if rows:
             parts.append("<p>The last epoch of each phase:</p>")

@@ -124,7 +124,7 @@ class ResultsCsv:
         the lost process had written after its last checkpoint do not appear twice.
         """
         kept = []
-        for row in _rows(self.path):
+        for row in read_epochs(self.path):
             if row["phase"] == phase and int(row["epoch"]) >= epoch:
                 break
             kept.append(row)
@@ -138,8 +138,9 @@ class ResultsCsv:
         write_atomic(self.path, text.getvalue().encode())
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+def read_epochs(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that a `ResultsCsv` wrote, oldest first."""
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -203,7 +204,7 @@ def plot_curves(results_csv: Path, png: Path) -> None:
     Raises:
         ValueError: the table has no rows.
     """
-    rows = _rows(results_csv)
+    rows = read_epochs(results_csv)
     if not rows:
         raise ValueError(f"{results_csv}: no rows to draw yet")
     phases = list(dict.fromkeys(row["phase"] for row in rows))

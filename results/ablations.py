@@ -17,6 +17,7 @@ import csv
 import shutil
 from pathlib import Path
 
+from polypseg.runs import read_epochs
 from polypseg.train import main as train
 
 HERE = Path(__file__).resolve().parent
@@ -33,16 +34,16 @@ BASE = "polypdeq-add: phantom, Jacobian 1, HyperSolver m = 5, K = 3"
 # What is changed, the first phase that it changes, the settings.
 CHANGES = {
     "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
+    "backward: jacobian-free": ("implicit", ["implicit.backward=jacobian-free"]),
+    "backward: implicit": ("implicit", ["implicit.backward=implicit"]),
     "HyperSolver: m = 2": ("hyper", ["hyper.memory=2"]),
     "HyperSolver: m = 3": ("hyper", ["hyper.memory=3"]),
     "HyperSolver: m = 4": ("hyper", ["hyper.memory=4"]),
-    "HyperSolver: no preconditioner": ("hyper", ["hyper.rank=0"]),
-    "HyperSolver: paper's initializer": ("hyper", ["hyper.initializer=convolution"]),
-    "backward: jacobian-free": ("implicit", ["implicit.backward=jacobian-free"]),
-    "backward: implicit": ("implicit", ["implicit.backward=implicit"]),
-    "implicit learning rate / 4": ("implicit", ["implicit.lr=5e-5"]),
     "strategy: alternating": ("implicit", ["implicit.epochs=2", "hyper.alternate=1"]),
     "strategy: after, as long": ("implicit", ["implicit.epochs=2"]),
+    "HyperSolver: no preconditioner": ("hyper", ["hyper.rank=0"]),
+    "HyperSolver: paper's initializer": ("hyper", ["hyper.initializer=convolution"]),
+    "implicit learning rate / 4": ("implicit", ["implicit.lr=5e-5"]),
     "HyperSolver: K = 6": ("hyper", ["hyper.steps=6"]),
 }
 COLUMNS = {
@@ -92,8 +93,7 @@ def _write(runs: dict[str, Path]) -> None:
     table = []
     for name, run in runs.items():
         # Phases that a row shares with the first one are told there, and left empty here.
-        with (run / "results.csv").open(newline="") as file:
-            epochs = list(csv.DictReader(file))
+        epochs = read_epochs(run / "results.csv")
         last = {row["phase"]: row for row in epochs}
         cells = {
             title: _cell(last.get(phase, {}).get(field), per_cent="Dice" in title)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from polypseg.paper import NEOPOLYP, SETS, TABLE_2, TABLE_3, TARGETS
 from polypseg.run_config import load_run_config
+from polypseg.runs import read_epochs
 from polypseg.scores import SummaryRow, read_rows
 
 RESULTS = Path(__file__).parent
@@ -69,8 +70,7 @@ def readme() -> str:
             f"| {kvasir.seconds_median:.3f} | {kvasir.evaluations_mean:.3g} | {residual} |"
         )
     config = load_run_config(run / "config.yaml")
-    with (run / "results.csv").open(newline="") as file:
-        last = {row["phase"]: row for row in csv.DictReader(file)}
+    last = {row["phase"]: row for row in read_epochs(run / "results.csv")}
     epochs = " + ".join(row["epoch"] for row in last.values())
     text = f"All three phases at {config.data.size} px, {epochs} epochs:\n\n" + "\n".join(lines)
     closing = ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from polypseg.paper import NEOPOLYP, SETS, TABLE_2, TABLE_3, TARGETS
 from polypseg.protocols import PROTOCOLS
 from polypseg.run_config import load_run_config
+from polypseg.runs import read_epochs
 from polypseg.scores import SummaryRow, read_rows
 
 HERE = Path(__file__).parent
@@ -108,8 +109,7 @@ def _trainings(runs: Sequence[Path]) -> str:
     table = []
     for run in runs:
         config = load_run_config(run / "config.yaml")
-        with (run / "results.csv").open(newline="") as file:
-            last = {row["phase"]: row for row in csv.DictReader(file)}
+        last = {row["phase"]: row for row in read_epochs(run / "results.csv")}
         implicit = last.get("implicit", {})
         share = implicit.get("val_converged")
         dice = [f"{100 * float(row['val_dice']):.1f}" for row in last.values()]

@@ -147,14 +147,14 @@ def fit_hypersolver(
                 if len(target.goal) == 0:
                     continue
                 with torch.enable_grad():
-                    path, mixed = unroll(hyper, deq, target, steps, mode)
-                    loss = weighted_loss(path, mixed, weights, done)
+                    way = unroll(hyper, deq, target, steps, mode)
+                    loss = weighted_loss(way.distances, way.mixed, weights, done)
                 optimizer.zero_grad()
                 loss.backward(inputs=parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 losses.append(loss.detach())
-                distances.append(path.detach())
+                distances.append(way.distances.detach())
                 if on_batch is not None:
                     on_batch(update, float(losses[-1]))
                 bar.update(losses[-1])
@@ -200,7 +200,7 @@ def measure_distances(
         target = teacher.target(batch)
         if len(target.goal):
             with torch.no_grad():
-                distances.append(unroll(solver, deq, target, steps)[0])
+                distances.append(unroll(solver, deq, target, steps).distances)
     if not distances:
         raise ValueError(f"no sample has a reliable z* (residual of at most {RELIABLE:g})")
     return distances

@@ -84,14 +84,30 @@ def convergence(distances: Tensor) -> Tensor:
     return (ramp / ramp.sum() * distances[1:]).sum()
 
 
-def unroll(
-    solver: Solver, deq: DEQ, target: Target, steps: int, mode: Unroll = "full"
-) -> tuple[Tensor, Tensor]:
-    """(steps + 1, B) relative distances to z*, and (steps, B) norms of mixed residuals.
+@dataclass(frozen=True)
+class Unrolled:
+    """A solver's way from its start.
 
-    The latter are 0 for a solver that does not keep them. ``mode`` says what gradients cost:
-    "full" keeps what f computed at every step, "checkpoint" computes it again in the backward pass,
-    "truncate" passes no gradient from a step to the steps before, so f needs no backward pass.
+    Attributes:
+        states: steps + 1 of (B, features).
+        distances: (steps + 1, B) of these to z*, relative to ``||z*||``.
+        mixed: (steps, B) norms of the mixed residuals, relative to the same; zeros for a solver
+            that does not keep them.
+        residuals: (steps, B) of all states but the last.
+    """
+
+    states: list[Tensor]
+    distances: Tensor
+    mixed: Tensor
+    residuals: Tensor
+
+
+def unroll(solver: Solver, deq: DEQ, target: Target, steps: int, mode: Unroll = "full") -> Unrolled:
+    """Take ``steps`` steps from the solver's own start, or the layer's where it has none.
+
+    ``mode`` says what gradients cost: "full" keeps what f computed at every step, "checkpoint"
+    computes it again in the backward pass, "truncate" passes no gradient from a step to the steps
+    before, so f needs no backward pass.
     """
     start = solver.start(*target.inputs)
     if start is None:
@@ -99,7 +115,7 @@ def unroll(
     layout = Layout.of(start)
     goal = target.goal
     scale = torch.linalg.vector_norm(goal, dim=1).clamp_min(torch.finfo(goal.dtype).tiny)
-    distances, mixed = [], []
+    states, mixed, residuals = [], [], []
     memories: list[Any] = []
 
     def norm(matrix: Tensor) -> Tensor:
@@ -113,14 +129,16 @@ def unroll(
         if memories:
             note_mixed()
         memories.append(info.memory)
-        distances.append(norm(layout.flatten(info.z) - goal))
+        states.append(layout.flatten(info.z))
+        residuals.append(info.residual)
 
     f, stepping = _mapped(deq.f, solver, mode if torch.is_grad_enabled() else "full")
     options = Options(tol=None, max_steps=steps, final="last", drop_converged=False)
     solution = iterate(f, start, target.inputs, stepping, options, callback=watch)
     note_mixed()
-    distances.append(norm(layout.flatten(solution.z) - goal))
-    return torch.stack(distances), torch.stack(mixed)
+    states.append(layout.flatten(solution.z))
+    distances = torch.stack([norm(z - goal) for z in states])
+    return Unrolled(states, distances, torch.stack(mixed), torch.stack(residuals))
 
 
 def _mapped(

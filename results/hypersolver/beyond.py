@@ -31,13 +31,12 @@ from beyond_variants import (
     stopped,
     with_larger_initializer,
 )
+from curves import relative
 from torch import Tensor
 
 from deqsolvers import HyperSolver, Solver
-from deqsolvers.fixed_point import iterate
-from deqsolvers.hypersolver.losses import LossWeights, _mapped, convergence, weighted_loss
+from deqsolvers.hypersolver.losses import LossWeights, convergence, unroll, weighted_loss
 from deqsolvers.hypersolver.targets import Target
-from deqsolvers.options import Options
 
 SHOWN = (1, 2, 3, 6, 12)
 FIELDS = [
@@ -76,52 +75,10 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Unrolled:
-    """States (K + 1, B, n), norms of the mixed residuals and residuals, both (K, B)."""
-
-    states: list[Tensor]
-    mixed: Tensor
-    residuals: Tensor
-
-
-def unrolled(solver: Solver, problem: Problem, target: Target, steps: int) -> Unrolled:
-    """As `deqsolvers.hypersolver.losses.unroll`, with the states."""
-    scale = target.goal.norm(dim=1)
-    states, residuals, mixed, memories = [], [], [], []
-
-    def note_mixed() -> None:
-        if isinstance(solver, HyperSolver):
-            mixed.append(memories[-1].mixed.norm(dim=1) / scale)
-
-    def watch(info: Any) -> None:
-        if memories:
-            note_mixed()
-        memories.append(info.memory)
-        states.append(target.layout.flatten(info.z))
-        residuals.append(info.residual)
-
-    mode = problem.mode if torch.is_grad_enabled() else "full"
-    f, stepping = _mapped(problem.deq.f, solver, mode)
-    options = Options(tol=None, max_steps=steps, final="last", drop_converged=False)
-    start = problem.deq.with_solver(solver).initial_state(*target.inputs)
-    solution = iterate(f, start, target.inputs, stepping, options, callback=watch)
-    note_mixed()
-    states.append(target.layout.flatten(solution.z))
-    return Unrolled(states, torch.stack(mixed or residuals), torch.stack(residuals))
-
-
-def relative(values: Sequence[Tensor], goal: Tensor) -> Tensor:
-    """(K, B) ``||value - goal|| / ||goal||``."""
-    goal = goal.flatten(1)
-    distances = [(value.flatten(1) - goal).norm(dim=1) for value in values]
-    return torch.stack(distances) / goal.norm(dim=1)
-
-
 def predicted(problem: Problem, target: Target, states: Sequence[Tensor]) -> Tensor:
     """(K, B) distances of the predictions on ``states`` from that on z*."""
     read = [problem.read_out(target.layout.unflatten(z)) for z in (*states, target.goal)]
-    return relative(read[:-1], read[-1])
+    return torch.stack([relative(each, read[-1]) for each in read[:-1]])
 
 
 def fit(hyper: HyperSolver, problem: Problem, variant: Variant, seed: int) -> float:
@@ -141,11 +98,10 @@ def fit(hyper: HyperSolver, problem: Problem, variant: Variant, seed: int) -> fl
             done = update / total
             for group in optimizer.param_groups:
                 group["lr"] = 1e-6 + (problem.lr - 1e-6) * (1 + math.cos(math.pi * done)) / 2
-            way = unrolled(hyper, problem, target, steps)
-            distances = relative(way.states, target.goal)
-            loss = weights.initializer * distances[0].mean()
+            way = unroll(hyper, problem.deq, target, steps, problem.mode)
+            loss = weights.initializer * way.distances[0].mean()
             if variant.states:
-                loss = weighted_loss(distances, way.mixed, weights, done)
+                loss = weighted_loss(way.distances, way.mixed, weights, done)
             if variant.predictions:
                 read = predicted(problem, target, way.states)
                 loss = loss + weights.convergence * convergence(read.mean(1))
@@ -165,8 +121,8 @@ def measure(
     """Distances (13, N), logarithms of residuals (12, N), distances of predictions (3, N)."""
     distances, logs, predictions = [], [], []
     for target in targets:
-        way = unrolled(solver, problem, target, SHOWN[-1])
-        distances.append(relative(way.states, target.goal))
+        way = unroll(solver, problem.deq, target, SHOWN[-1])
+        distances.append(way.distances)
         logs.append(way.residuals.log())
         predictions.append(predicted(problem, target, [way.states[k] for k in SHOWN[:3]]))
     return torch.cat(distances, 1), torch.cat(logs, 1), torch.cat(predictions, 1)

@@ -26,7 +26,7 @@ from polypseg.data import Pair, PolypDataset, batches, split_for
 from polypseg.inference import hyper_options, load_model
 from polypseg.metrics import resize_logits, score_masks
 from polypseg.models import PolypDEQ, Prediction, build_solver
-from polypseg.runs import versions
+from polypseg.runs import read_epochs, versions
 from polypseg.testsets import find_test_sets
 from polypseg.validation import Validation
 
@@ -52,9 +52,8 @@ class Trained:
         count = sum(p.numel() for p in self.model.parameters())
         own = sum(p.numel() for p in self.hyper.parameters())
         seconds = {"explicit": 0.0, "implicit": 0.0, "hyper": 0.0}
-        with open(self.run / "results.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                seconds[row["phase"]] += float(row["seconds"])
+        for row in read_epochs(self.run / "results.csv"):
+            seconds[row["phase"]] += float(row["seconds"])
         deq = seconds["explicit"] + seconds["implicit"]
         return {
             "parameters": {"deq": count, "hypersolver": own, "share": own / count},
@@ -65,18 +64,16 @@ class Trained:
 
     def predictors(self) -> dict[str, Callable[[Tensor], Prediction]]:
         """What the table compares, all on the same weights but for the explicit model's own."""
-        k = EVALUATIONS
-        fixed = {"tol": None, "final": "last"}
         sure = {"tol": 1e-3, "max_steps": 100}
         hand_over = HandOver(self.hyper, self.anderson)
         deqs = {
             "Broyden, 100 steps": (self.broyden, {"tol": None, "max_steps": 100}),
             "Broyden to 1e-3": (self.broyden, sure),
             "Anderson to 1e-3": (self.anderson, sure),
-            f"Anderson, {k} evaluations": (self.anderson, {**fixed, "max_steps": k}),
-            f"Anderson, {2 * k} evaluations": (self.anderson, {**fixed, "max_steps": 2 * k}),
-            "HyperSolver, 1 evaluation": (self.hyper, {**fixed, "max_steps": 1}),
-            f"HyperSolver, {k} evaluations": (self.hyper, {**fixed, "max_steps": k}),
+            f"Anderson, {EVALUATIONS} evaluations": (self.anderson, _after(EVALUATIONS)),
+            f"Anderson, {2 * EVALUATIONS} evaluations": (self.anderson, _after(2 * EVALUATIONS)),
+            "HyperSolver, 1 evaluation": (self.hyper, _after(1)),
+            f"HyperSolver, {EVALUATIONS} evaluations": (self.hyper, _after(EVALUATIONS)),
             "HyperSolver, stopping by itself": (self.hyper, hyper_options(self.config.solve)),
             "HyperSolver handing over, to 1e-3": (hand_over, sure),
         }
@@ -87,6 +84,11 @@ class Trained:
         for name, (solver, options) in deqs.items():
             found[name] = _Solved(self.model, self.model.deq.with_solver(solver, **options))
         return found
+
+
+def _after(evaluations: int) -> dict[str, object]:
+    """Options of a solve that stops there."""
+    return {"tol": None, "final": "last", "max_steps": evaluations}
 
 
 class _Solved:

@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from curves import relative
 from polypdeq import Trained
 
 from polypseg.data import PolypDataset, batches, split_for
@@ -43,14 +44,14 @@ def main() -> None:
             e = model.features(batch["image"])
             target = exact.solve(e).z
             states = [deq.solve(e).z for deq in fast]
-            residuals = [_relative(model.deq.f(z, e), z) for z in states]
+            residuals = [float(relative(z, model.deq.f(z, e))) for z in states]
             wanted = model.read_out(target)[0, 0] > 0
             masks = [model.read_out(z)[0, 0] > 0 for z in states]
         dice = score_masks(wanted, truth).dice
         images.append(
             {
                 "residual": residuals,
-                "distance": [_relative(target, z) for z in states],
+                "distance": [float(relative(z, target)) for z in states],
                 "pixels": [float((mask != wanted).float().mean()) for mask in masks],
                 "lost": [dice - score_masks(mask, truth).dice for mask in masks],
             }
@@ -86,10 +87,6 @@ def main() -> None:
     first = sorted(image["residual"][0] for image in images)
     quartiles = [round(q, 4) for q in statistics.quantiles(first, n=4)]
     print(f"residual after one step, quartiles: {quartiles}")
-
-
-def _relative(target: torch.Tensor, z: torch.Tensor) -> float:
-    return float((target - z).norm() / target.norm())
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def gradients(mode: Any) -> tuple[dict[str, Tensor], Tensor, dict[bool, int]]:
     torch.nn.init.normal_(hyper.network.read.weight, std=0.05)  # type: ignore[union-attr, arg-type]
     target = Teacher(deq).target(inputs_of(1)[0])
     f.calls = {True: 0, False: 0}
-    path, _ = unroll(hyper, deq, target, 4, mode)
+    path = unroll(hyper, deq, target, 4, mode).distances
     path[-1].mean().backward()
     found = {
         name: parameter.grad

@@ -22,7 +22,10 @@ class _HandOverMemory(Memory):
     then: Any
     handed: Tensor  # (B,) bool, samples that `then` has taken over
     size: Tensor  # (B,) ||g|| at the last evaluation
+    z: Tensor | None = None  # there
+    fz: Tensor | None = None
     steps: int = 0
+    finished: bool = False  # the host knows that every sample has been handed over
 
     def take(self, rows: Tensor) -> None:
         super().take(rows)
@@ -31,7 +34,7 @@ class _HandOverMemory(Memory):
 
 
 class HandOver(nn.Module, Solver):
-    """Starts with one solver and hands each sample to another where the first stalls.
+    """Starts with one solver and hands each sample to another where the first is slow.
 
     A `HyperSolver` is fast at first and promises nothing later; ``HandOver(hyper)`` goes on from
     the point reached with `Anderson`, in the same loop, and so promises what Anderson does. The
@@ -42,7 +45,10 @@ class HandOver(nn.Module, Solver):
         first: takes the first steps, and gives the start.
         then: takes over; `Anderson` with its defaults if None.
         slowest: a sample whose ``||f(z) - z||`` falls to more than this fraction in one step of
-            ``first`` is handed over. So is one for which ``first`` returns a non-finite state.
+            ``first`` is handed over. None takes what f itself contracts by along that step,
+            ``||f(z_k) - f(z_(k-1))|| / ||z_k - z_(k-1)||`` and at most 1: where ``first`` gains no
+            more than plain iteration would. So is a sample for which ``first`` returns a
+            non-finite state.
         after: hand every sample over after so many steps; None sets no limit.
 
     Raises:
@@ -55,7 +61,7 @@ class HandOver(nn.Module, Solver):
         first: Solver,
         then: Solver | None = None,
         *,
-        slowest: float = 0.5,
+        slowest: float | None = None,
         after: int | None = None,
     ):
         super().__init__()
@@ -68,7 +74,7 @@ class HandOver(nn.Module, Solver):
                 "then must be a solver that can use another's history, such as Anderson(); "
                 "what Broyden and NewtonKrylov learn holds along their own steps only"
             )
-        if not slowest > 0:
+        if slowest is not None and not slowest > 0:
             raise ValueError(f"slowest must be a fraction above 0, got {slowest}")
         self.slowest = slowest
         self.after = None if after is None else check_count("after", after)
@@ -91,15 +97,30 @@ class HandOver(nn.Module, Solver):
         )
 
     def step(self, memory: _HandOverMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(g.detach(), dim=1)
-        memory.handed = memory.handed | (size > self.slowest * memory.size)
-        memory.size = size
         sure = self.then.step(memory.then, z, fz, g)
+        if memory.finished:
+            return sure
+        size = torch.linalg.vector_norm(g.detach(), dim=1)
+        if memory.steps:
+            # So that a step of no length, where both are 0, counts as slow.
+            memory.handed = memory.handed | ~(size / memory.size < self._slowest(memory, z, fz))
+        memory.size = size
+        if self.slowest is None:
+            memory.z, memory.fz = z.detach(), fz.detach()
         if memory.steps == self.after:
             memory.handed = torch.ones_like(memory.handed)
         memory.steps += 1
         if may_look(z) and bool(memory.handed.all()):
+            memory.finished = True
             return sure
         fast = self.first.step(memory.first, z, fz, g)
         memory.handed = memory.handed | ~torch.isfinite(fast).all(1)
         return torch.where(memory.handed.unsqueeze(1), sure, fast)
+
+    def _slowest(self, memory: _HandOverMemory, z: Tensor, fz: Tensor) -> Tensor | float:
+        if memory.z is None or memory.fz is None:
+            assert self.slowest is not None
+            return self.slowest
+        outward = torch.linalg.vector_norm(z.detach() - memory.z, dim=1)
+        inward = torch.linalg.vector_norm(fz.detach() - memory.fz, dim=1)
+        return (inward / outward).clamp_max(1)

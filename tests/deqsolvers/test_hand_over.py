@@ -122,6 +122,49 @@ def test_each_sample_is_handed_over_on_its_own() -> None:
         assert left < (plain[2][row] - problem.solution[row]).norm()
 
 
+class Scaled(Solver):
+    """``z + scale g``: on ``rate z + b`` errors fall by ``1 - scale (1 - rate)`` a step."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def init(self, z: Tensor, layout: Layout) -> Any:
+        return Memory()
+
+    def step(self, memory: Any, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        return z + self.scale * g
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.95, -0.7])
+@pytest.mark.parametrize("better", [True, False])
+def test_by_default_the_first_solver_must_gain_more_than_plain_iteration(
+    rate: float, better: bool
+) -> None:
+    """On a linear map of one rate what f contracts by is known; plain steps have scale 1."""
+    fall = 0.8 * abs(rate) if better else abs(rate) + 0.2 * (1 - abs(rate))
+    first = Scaled((1 - fall) / (1 - rate))
+    shift = torch.arange(1.0, 4, dtype=torch.float64).unsqueeze(1).repeat(1, 5)
+    problem = Problem("", lambda z: rate * z + shift, torch.zeros_like(shift))
+    found = iterates(problem, HandOver(first, Anderson()), 4)
+    alone = iterates(problem, first, 4)
+    torch.testing.assert_close(found[1], alone[1])
+    if better:
+        torch.testing.assert_close(found, alone)
+    else:  # Anderson with one pair is exact here
+        torch.testing.assert_close(found[2], shift / (1 - rate))
+
+
+@pytest.mark.parametrize("rate", [1.5, -2.0])
+def test_where_f_expands_the_residual_must_fall(rate: float) -> None:
+    problem = Problem("", lambda z: rate * z + 1, torch.zeros(2, 3, dtype=torch.float64))
+    growing = iterates(problem, HandOver(Scaled(1), Anderson()), 3)
+    torch.testing.assert_close(growing[2], torch.full((2, 3), 1 / (1 - rate)).double())
+    falling = Scaled(0.5 / (1 - rate))
+    torch.testing.assert_close(
+        iterates(problem, HandOver(falling, Anderson()), 3), iterates(problem, falling, 3)
+    )
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_step_is_replaced(bad: float) -> None:
     problem = tanh_deq()

@@ -42,7 +42,6 @@ class Trained:
         model, self.config = load_model(run, "anderson")
         assert isinstance(model, PolypDEQ)
         self.run, self.model = run, model.requires_grad_(False)
-        self.explicit, _ = load_model(run, "explicit")
         self.hyper: HyperSolver = load_hypersolver(run / "hyper.safetensors").requires_grad_(False)
         solve = self.config.solve
         self.anderson = build_solver("anderson", solve.anderson_memory)
@@ -79,7 +78,7 @@ class Trained:
             "HyperSolver handing over, to 1e-3": (hand_over, sure),
         }
         found: dict[str, Callable[[Tensor], Prediction]] = {
-            "explicit training, one evaluation": self.explicit,
+            "explicit training, one evaluation": load_model(self.run, "explicit")[0],
             "one evaluation from zero": self.model.explicit,
         }
         for name, (solver, options) in deqs.items():

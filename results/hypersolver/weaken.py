@@ -13,6 +13,9 @@ from pathlib import Path
 
 from polypseg.checkpoint import load_weights, save_weights
 
+# The last normalisation of f; the ReLU after it lets a positive factor pass.
+LAST_NORM = "deq.f.decoder.blocks.2.1"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -24,12 +27,9 @@ def main() -> None:
     given = parser.parse_args()
     weights, metadata = load_weights(given.run / "implicit.safetensors")
     weights = {key: value.float() for key, value in weights.items()}
-    # The last normalisation of f, whose ReLU lets a positive factor pass.
-    norm = max(key for key in weights if key.startswith("deq.f.decoder.blocks."))
-    norm = f"{norm[: len('deq.f.decoder.blocks.0')]}.1"
     for key, factor in (
-        (f"{norm}.weight", given.gain),
-        (f"{norm}.bias", given.gain),
+        (f"{LAST_NORM}.weight", given.gain),
+        (f"{LAST_NORM}.bias", given.gain),
         ("head.0.weight", 1 / given.gain),
     ):
         weights[key] *= factor

@@ -29,7 +29,8 @@ class _HandOverMemory(Memory):
 
     def take(self, rows: Tensor) -> None:
         super().take(rows)
-        self.first.take(rows)
+        if not self.finished:
+            self.first.take(rows)
         self.then.take(rows)
 
 
@@ -112,6 +113,7 @@ class HandOver(nn.Module, Solver):
         memory.steps += 1
         if may_look(z) and bool(memory.handed.all()):
             memory.finished = True
+            memory.first = memory.z = memory.fz = None  # nobody needs what they hold any more
             return sure
         fast = self.first.step(memory.first, z, fz, g)
         memory.handed = memory.handed | ~torch.isfinite(fast).all(1)

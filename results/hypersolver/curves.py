@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from deqsolvers import DEQ, Broyden, HandOver, HyperSolver, Picard, Solver, fixed_point
-from deqsolvers.hypersolver.targets import Teacher
 from deqsolvers.state import Layout
 
 EVALUATIONS = 12
@@ -77,14 +76,14 @@ def measure(
     batches: Sequence[Tensor],
     solvers: Mapping[str, Solver],
     quality: Callable[[int, Tensor], Sequence[float]],
-    teacher: Teacher,
+    goals: Sequence[Tensor],
     repeats: int = 3,
 ) -> list[Point]:
     """Run every solver for `EVALUATIONS` evaluations of f on every batch and look at each state.
 
     Args:
         quality: of the states of batch i, one number a sample.
-        teacher: finds z*.
+        goals: z* of every batch.
         repeats: timed repeats of every solve of the first batch; the solvers take turns.
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in solvers}
@@ -93,8 +92,7 @@ def measure(
             seconds[name].append([moment for moment, _ in path(deq, solver, batches[0])])
     distances: dict[str, list[Tensor]] = {name: [] for name in solvers}
     scores: dict[str, list[list[float]]] = {name: [] for name in solvers}
-    for index, x in enumerate(batches):
-        goal = teacher.deq.solve(x).z
+    for index, (x, goal) in enumerate(zip(batches, goals, strict=True)):
         for name, solver in solvers.items():
             states = [z for _, z in path(deq, solver, x)]
             distances[name].append(torch.stack([relative(z, goal) for z in states]))

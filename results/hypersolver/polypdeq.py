@@ -123,9 +123,10 @@ def curves(trained: Trained, pairs: list[Pair], out: Path) -> None:
     name = out.name
     solvers = rivals({"HyperSolver": trained.hyper}, trained.anderson)
     teacher = Teacher(model.deq, tol=1e-5, max_steps=300)
-    points = measure(name, model.deq, features, solvers, dice, teacher)
-    write(points, out, "curves", "Dice")
     exact = [teacher.deq.solve(e) for e in features]
+    goals = [solution.z for solution in exact]
+    points = measure(name, model.deq, features, solvers, dice, goals)
+    write(points, out, "curves", "Dice")
     radius = spectral_radius(model.deq.f, exact[0].z, (features[0],))
     started = model.deq.with_solver(trained.hyper)
     again = [teacher.deq.solve(e, z0=started.initial_state(e)) for e in features]

@@ -89,13 +89,14 @@ def run(kind: str, strength: str, quick: bool) -> tuple[list[Point], dict[str, o
             "skipped": history[-1].skipped,
         }
         learned[name] = hyper
+    teacher = Teacher(model.deq, tol=1e-6, max_steps=300)
     points = measure(
         problem,
         model.deq,
         held_out,
         rivals(learned, Anderson(5)),
         lambda index, z: model.quality(z, truths[index]),
-        Teacher(model.deq, tol=1e-6, max_steps=300),
+        [teacher.deq.solve(x).z for x in held_out],
         repeats=1 if quick else 5,
     )
     names = [each for name in learned for each in (name, f"{name}, handing over")]

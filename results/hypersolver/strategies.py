@@ -89,17 +89,16 @@ def learn(strategy: str, seed: int, quick: bool) -> dict[str, object]:
     model.eval().requires_grad_(False)
     x, y = model.data(256, torch.Generator().manual_seed(99))
     e = model.features(x)
-    teacher = Teacher(model.deq, tol=1e-6, max_steps=300)
+    solution = Teacher(model.deq, tol=1e-6, max_steps=300).deq.solve(e)
     points = measure(
         "",
         model.deq,
         [e],
         {"Anderson": Anderson(), "HyperSolver": hyper},
         lambda _, z: model.quality(z, y),
-        teacher,
+        [solution.z],
         repeats=1,
     )
-    solution = teacher.deq.solve(e)
     row: dict[str, object] = {
         "strategy": strategy,
         "seed": seed,
@@ -137,6 +136,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a check of the script, no result")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     for seed in range(arguments.seeds):
         for strategy in ("after", "alternating", "alternating, handing over"):

@@ -61,6 +61,8 @@ class ImplicitConfig(PhaseConfig):
     backward_steps: int
     jacobian: float
     jacobian_share: float
+    correction: float
+    correction_steps: int
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
-from deqsolvers import Backward, Phantom, Solution, jacobian_regularizer
+from deqsolvers import (
+    Backward,
+    Phantom,
+    Solution,
+    fixed_point_correction,
+    jacobian_regularizer,
+)
 from deqsolvers.backward import get_backward
 from polypseg.config import ImplicitConfig, PhaseConfig
 from polypseg.losses import segmentation_loss
@@ -24,7 +32,8 @@ class Outcome(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The segmentation loss of a network and, on its fixed point, the Jacobian regulariser.
+    """The segmentation loss of a network; in the implicit phase, that on its fixed point, the
+    Jacobian regulariser and the loss on the way to the fixed point.
 
     Args:
         model: its `DEQ` is set up for the implicit phase if ``settings`` are of that.
@@ -34,10 +43,11 @@ class Objective(nn.Module):
     def __init__(self, model: SegmentationModel, settings: PhaseConfig):
         super().__init__()
         self.model = model
-        self.weight = 0.0
+        self.jacobian = self.correction = 0.0
         if isinstance(settings, ImplicitConfig):
             assert isinstance(model, ImplicitModel)
-            self.weight = settings.jacobian
+            self.jacobian, self.correction = settings.jacobian, settings.correction
+            self.correction_steps = settings.correction_steps
             model.deq = model.deq.with_solver(
                 build_solver(settings.solver, settings.memory),
                 backward=_backward(settings),
@@ -60,14 +70,32 @@ class Objective(nn.Module):
             return Outcome(loss, loss)
         assert isinstance(model, ImplicitModel)
         e = model.features(images)
-        z, solution = model.deq(e)
-        loss = segmentation_loss(model.read_out(z), masks)
+        states, solution = self._states(model, e)
+        # Read out together, so that the head normalises them alike, as it does at inference.
+        logits = model.read_out(_stack(states)).split(len(images))
+        loss = segmentation_loss(logits[-1], masks)
+        objective = loss
+        for early in logits[:-1]:
+            objective = objective + self.correction * segmentation_loss(early, masks)
         if not regularized:
-            return Outcome(loss, loss, solution=solution)
+            return Outcome(objective, loss, solution=solution)
         # Fused attention has no second derivative on the CPU.
         with sdpa_kernel(SDPBackend.MATH):
             jacobian = jacobian_regularizer(model.deq.f, solution.z, (e,))
-        return Outcome(loss + self.weight * jacobian, loss, jacobian, solution)
+        return Outcome(objective + self.jacobian * jacobian, loss, jacobian, solution)
+
+    def _states(self, model: ImplicitModel, e: Tensor) -> tuple[list[Any], Solution]:
+        """The fixed point, after an iterate on the way to it if that counts too."""
+        if self.correction == 0:
+            z, solution = model.deq(e)
+            return [z], solution
+        step = int(torch.randint(1, self.correction_steps + 1, ()))
+        return fixed_point_correction(model.deq, e, steps=(step,))
+
+
+def _stack(states: list[Any]) -> Any:
+    """States (B, ...) as one state (len(states) B, ...)."""
+    return pytree.tree_map(lambda *parts: torch.cat(parts), *states)
 
 
 def _backward(settings: ImplicitConfig) -> Backward:

@@ -21,6 +21,8 @@ _AS_BEFORE: dict[str, Any] = {
     "data.train_on": "split",
     "explicit.accumulate": 1,
     "implicit.accumulate": 1,
+    "implicit.correction": 0.0,
+    "implicit.correction_steps": 4,  # only of a correction
     "implicit.warm_lr": 1e-3,  # only of warm epochs
     "solve.hyper_tol": 0.0,
 }

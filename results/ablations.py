@@ -33,6 +33,7 @@ SCHEDULE = (
 BASE = "polypdeq-add: phantom, Jacobian 1, HyperSolver m = 5, K = 3"
 # What is changed, the first phase that it changes, the settings.
 CHANGES = {
+    "loss on the way, weight .5": ("implicit", ["implicit.correction=0.5"]),
     "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
     "backward: jacobian-free": ("implicit", ["implicit.backward=jacobian-free"]),
     "backward: implicit": ("implicit", ["implicit.backward=implicit"]),

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from curves import relative
-from polypdeq import Trained
+from polypdeq import Trained, stop_after
 
 from deqsolvers.hypersolver.targets import Teacher
 from polypseg.data import PolypDataset, batches
-from polypseg.metrics import resize_logits, score_masks
 from polypseg.testsets import find_test_sets
+from polypseg.validation import score
 
 EVALUATIONS = (1, 2, 3, 4, 6, 8, 12)
 
@@ -40,28 +40,28 @@ def main() -> None:
         parser.error(f"{len(pairs)} test images in {given.data} are named {given.stem}")
     scored = PolypDataset(pairs, trained.config.data.size, train=False, seed=0)
     (batch,) = batches(scored, 1, False, 0, 0)
-    truth = batch["mask"][0, 0].bool()
+    truth = batch["mask"][0, 0]
     rows = []
     with torch.no_grad():
         e = model.features(batch["image"])
         exact = Teacher(model.deq, tol=1e-5, max_steps=300).deq.solve(e).z
 
         def add(solver: str, evaluations: int | str, z: torch.Tensor) -> None:
-            logits = resize_logits(model.read_out(z)[0], tuple(truth.shape))
+            dice = score(model.read_out(z)[0], truth)["dice"]
             rows.append(
                 {
                     "solver": solver,
                     "evaluations": evaluations,
                     "residual": f"{float(relative(z, model.deq.f(z, e))):.2g}",
                     "distance": f"{float(relative(z, exact)):.2g}",
-                    "Dice": f"{100 * score_masks(logits[0] > 0, truth).dice:.1f}",
+                    "Dice": f"{100 * dice:.1f}",
                 }
             )
 
         add("z*", "", exact)
         for name, solver in (("HyperSolver", trained.hyper), ("Anderson", trained.anderson)):
             for count in EVALUATIONS:
-                deq = model.deq.with_solver(solver, tol=None, max_steps=count, final="last")
+                deq = model.deq.with_solver(solver, **stop_after(count))
                 add(name, count, deq.solve(e).z)
     out = Path(__file__).parent / given.run.resolve().name / f"{given.stem}.csv"
     out.parent.mkdir(exist_ok=True)

@@ -24,11 +24,10 @@ from deqsolvers import HandOver, HyperSolver, load_hypersolver, spectral_radius
 from deqsolvers.hypersolver.targets import Teacher
 from polypseg.data import Pair, PolypDataset, batches, split_for
 from polypseg.inference import hyper_options, load_model
-from polypseg.metrics import resize_logits, score_masks
 from polypseg.models import PolypDEQ, Prediction, build_solver
 from polypseg.runs import read_epochs, versions
 from polypseg.testsets import find_test_sets
-from polypseg.validation import Validation
+from polypseg.validation import Validation, score
 
 EVALUATIONS = 2  # at which solvers are compared
 APART = 0.01  # relative distance of what counts as two fixed points
@@ -70,10 +69,13 @@ class Trained:
             "Broyden, 100 steps": (self.broyden, {"tol": None, "max_steps": 100}),
             "Broyden to 1e-3": (self.broyden, sure),
             "Anderson to 1e-3": (self.anderson, sure),
-            f"Anderson, {EVALUATIONS} evaluations": (self.anderson, _after(EVALUATIONS)),
-            f"Anderson, {2 * EVALUATIONS} evaluations": (self.anderson, _after(2 * EVALUATIONS)),
-            "HyperSolver, 1 evaluation": (self.hyper, _after(1)),
-            f"HyperSolver, {EVALUATIONS} evaluations": (self.hyper, _after(EVALUATIONS)),
+            f"Anderson, {EVALUATIONS} evaluations": (self.anderson, stop_after(EVALUATIONS)),
+            f"Anderson, {2 * EVALUATIONS} evaluations": (
+                self.anderson,
+                stop_after(2 * EVALUATIONS),
+            ),
+            "HyperSolver, 1 evaluation": (self.hyper, stop_after(1)),
+            f"HyperSolver, {EVALUATIONS} evaluations": (self.hyper, stop_after(EVALUATIONS)),
             "HyperSolver, stopping by itself": (self.hyper, hyper_options(self.config.solve)),
             "HyperSolver handing over, to 1e-3": (hand_over, sure),
         }
@@ -86,7 +88,7 @@ class Trained:
         return found
 
 
-def _after(evaluations: int) -> dict[str, object]:
+def stop_after(evaluations: int) -> dict[str, object]:
     """Options of a solve that stops there."""
     return {"tol": None, "final": "last", "max_steps": evaluations}
 
@@ -113,12 +115,8 @@ def curves(trained: Trained, pairs: list[Pair], out: Path) -> None:
             indices.append(batch["index"].tolist())
 
     def dice(index: int, z: Tensor) -> list[float]:
-        scores = []
-        for logits, image in zip(model.read_out(z), indices[index], strict=True):
-            truth = scoring.masks[image].bool()
-            height, width = truth.shape
-            scores.append(score_masks(resize_logits(logits, (height, width))[0] > 0, truth).dice)
-        return scores
+        found = zip(model.read_out(z), indices[index], strict=True)
+        return [score(logits, scoring.masks[image])["dice"] for logits, image in found]
 
     name = out.name
     solvers = rivals({"HyperSolver": trained.hyper}, trained.anderson)

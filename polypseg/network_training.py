@@ -134,6 +134,7 @@ def _train_network(run: Run, phase: str, model: SegmentationModel, settings: Pha
             scale = scales[int(torch.randint(len(scales), (), generator=common))]
             chance = torch.rand((), generator=common).item()
             regularized = implicit is not None and solves and chance < implicit.jacobian_share
+            early = early_step(implicit, common) if implicit is not None and solves else 0
             # A batch that ends in NaN must not leave it in the batch statistics.
             buffers = [buffer.clone() for buffer in model.buffers()]
 
@@ -143,7 +144,7 @@ def _train_network(run: Run, phase: str, model: SegmentationModel, settings: Pha
                 images, masks = rescale(next(loader), scale, run.device)
                 with _synchronised(objective, last=part == parts - 1):
                     with autocast(settings.precision, run.device):
-                        outcome = objective(images, masks, solves, regularized)
+                        outcome = objective(images, masks, solves, regularized, early)
                     scaler.scale(outcome.objective / parts).backward()
                 outcomes.append(outcome)
             scaler.unscale_(optimizer)
@@ -199,6 +200,13 @@ def _train_network(run: Run, phase: str, model: SegmentationModel, settings: Pha
     if processes.first:
         run.save(phase, averaged)
     processes.wait()
+
+
+def early_step(settings: ImplicitConfig, generator: torch.Generator) -> int:
+    """The iterate that an update scores beside the fixed point, drawn anew for each; 0: none."""
+    if settings.correction == 0:
+        return 0
+    return int(torch.randint(1, settings.correction_steps + 1, (), generator=generator))
 
 
 def _seed(*numbers: int) -> int:

@@ -47,7 +47,6 @@ class Objective(nn.Module):
         if isinstance(settings, ImplicitConfig):
             assert isinstance(model, ImplicitModel)
             self.jacobian, self.correction = settings.jacobian, settings.correction
-            self.correction_steps = settings.correction_steps
             model.deq = model.deq.with_solver(
                 build_solver(settings.solver, settings.memory),
                 backward=_backward(settings),
@@ -56,13 +55,19 @@ class Objective(nn.Module):
             )
 
     def forward(
-        self, images: Tensor, masks: Tensor, solves: bool = False, regularized: bool = False
+        self,
+        images: Tensor,
+        masks: Tensor,
+        solves: bool = False,
+        regularized: bool = False,
+        early: int = 0,
     ) -> Outcome:
         """For images (B, 3, H, W) and masks (B, 1, H, W) of class numbers.
 
         Args:
             solves: predict on the fixed point instead of after one evaluation of f.
             regularized: add the Jacobian regulariser.
+            early: add the loss of the iterate after this many steps of the solve; 0: of none.
         """
         model = self.model
         if not solves:
@@ -70,13 +75,17 @@ class Objective(nn.Module):
             return Outcome(loss, loss)
         assert isinstance(model, ImplicitModel)
         e = model.features(images)
-        states, solution = self._states(model, e)
+        if early:
+            states, solution = fixed_point_correction(model.deq, e, steps=(early,))
+        else:
+            z, solution = model.deq(e)
+            states = [z]
         # Read out together, so that the head normalises them alike, as it does at inference.
         logits = model.read_out(_stack(states)).split(len(images))
         loss = segmentation_loss(logits[-1], masks)
         objective = loss
-        for early in logits[:-1]:
-            objective = objective + self.correction * segmentation_loss(early, masks)
+        for iterate in logits[:-1]:
+            objective = objective + self.correction * segmentation_loss(iterate, masks)
         if not regularized:
             return Outcome(objective, loss, solution=solution)
         # Fused attention has no second derivative on the CPU.
@@ -84,17 +93,11 @@ class Objective(nn.Module):
             jacobian = jacobian_regularizer(model.deq.f, solution.z, (e,))
         return Outcome(objective + self.jacobian * jacobian, loss, jacobian, solution)
 
-    def _states(self, model: ImplicitModel, e: Tensor) -> tuple[list[Any], Solution]:
-        """The fixed point, after an iterate on the way to it if that counts too."""
-        if self.correction == 0:
-            z, solution = model.deq(e)
-            return [z], solution
-        step = int(torch.randint(1, self.correction_steps + 1, ()))
-        return fixed_point_correction(model.deq, e, steps=(step,))
-
 
 def _stack(states: list[Any]) -> Any:
     """States (B, ...) as one state (len(states) B, ...)."""
+    if len(states) == 1:  # spares a copy
+        return states[0]
     return pytree.tree_map(lambda *parts: torch.cat(parts), *states)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from polypseg.config import make_config
 from polypseg.losses import structure_loss
 from polypseg.models import ImplicitModel, build_implicit_model
+from polypseg.network_training import early_step
 from polypseg.objective import Objective
 
 SETTINGS = ["implicit.solver=picard", "implicit.max_steps=6", "implicit.tol=1e-6"]
@@ -29,12 +30,10 @@ def a_batch() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ["polypdeq-add", "mdeq"])
 def test_the_loss_on_the_way_is_that_of_an_iterate(name: str) -> None:
-    objective, model = implicit_objective(
-        name, "implicit.correction=0.5", "implicit.correction_steps=1"
-    )
+    objective, model = implicit_objective(name, "implicit.correction=0.5")
     weights = list(model.parameters())
     images, masks = a_batch()
-    found = objective.eval()(images, masks, True)
+    found = objective.eval()(images, masks, True, early=1)
     on_the_way = found.objective - found.loss
     gradients = torch.autograd.grad(on_the_way, weights)
 
@@ -50,23 +49,26 @@ def test_the_loss_on_the_way_is_that_of_an_iterate(name: str) -> None:
     assert found.loss.item() == pytest.approx(plain.eval()(images, masks, True).loss.item())
 
 
-def test_the_iterate_is_drawn_anew_from_all_steps() -> None:
-    objective, model = implicit_objective(
-        "polypdeq-add", "implicit.correction=1", "implicit.correction_steps=3"
-    )
+def test_any_step_can_be_scored() -> None:
+    objective, model = implicit_objective("polypdeq-add", "implicit.correction=1")
     images, masks = a_batch()
     objective.eval()
     with torch.no_grad():
         e = model.features(images)
-        z, expected = model.deq.f(model.deq.initial_state(e), e), []
-        for _ in range(3):
+        z = model.deq.f(model.deq.initial_state(e), e)
+        for step in (1, 2, 3):
             z = model.deq.f(z, e)
-            expected.append(structure_loss(model.read_out(z), masks).item())
-    torch.manual_seed(0)
-    drawn = set()
-    for _ in range(12):
-        outcome = objective(images, masks, True)
-        early = (outcome.objective - outcome.loss).item()
-        drawn.add(min(range(3), key=lambda k: abs(expected[k] - early)))
-        assert min(abs(early - loss) for loss in expected) < 1e-4
-    assert drawn == {0, 1, 2}
+            outcome = objective(images, masks, True, early=step)
+            early = (outcome.objective - outcome.loss).item()
+            assert early == pytest.approx(structure_loss(model.read_out(z), masks).item(), rel=1e-4)
+
+
+def test_the_step_is_drawn_anew_from_all_and_alike_in_all_processes() -> None:
+    config = make_config(
+        overrides=["implicit.correction=1", "implicit.correction_steps=3"]
+    ).implicit
+    processes = [torch.Generator().manual_seed(0) for _ in range(2)]
+    drawn = [[early_step(config, generator) for _ in range(24)] for generator in processes]
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) == {1, 2, 3}
+    assert early_step(make_config().implicit, processes[0]) == 0

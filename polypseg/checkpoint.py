@@ -12,7 +12,7 @@ import pickle
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +127,20 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def load_into(module: nn.Module, path: Path, *, what: str) -> dict[str, str]:
+def load_into(
+    module: nn.Module, path: Path, *, what: str, leave_out: Collection[str] = ()
+) -> dict[str, str]:
     """Load a weights file into a module, all of it or nothing, and return the file's metadata.
 
     `what` names the module in messages, for example "encoder". Every key and shape is compared
-    before the first value is copied.
+    before the first value is copied. Keys in `leave_out` keep the module's own values.
 
     Raises:
         CheckpointError: the file cannot be read, or its keys or shapes are not the module's.
     """
     tensors, metadata = load_weights(path)
     own = module.state_dict()
+    tensors.update({key: own[key] for key in leave_out})
     faults = {
         "missing in the file": [key for key in own if key not in tensors],
         "unknown to the model": [key for key in tensors if key not in own],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,25 +25,21 @@ from polypseg.models import (
     build_implicit_model,
     build_model,
     build_solver,
-    load_pretrained,
 )
 from polypseg.objective import Objective, Outcome
 from polypseg.schedule import autocast, learning_rate, parameter_groups, rescale
+from polypseg.starting import Start
 from polypseg.training_run import PHASES, Run
 
 # So many updates in a row without a finite gradient mean that the training is lost.
 MAX_SKIPPED = 20
 
 
-def train_explicit(run: Run, encoder_weights: Path | None) -> None:
+def train_explicit(run: Run, start: Start) -> None:
     """Phase 1: the model as an ordinary network, f evaluated once from z = 0."""
     torch.manual_seed(run.config.seed)
     model = build_model(run.config.model).to(run.device)
-    if encoder_weights is not None:
-        load_pretrained(model, encoder_weights)
-        run.log.info("encoder weights from %s", encoder_weights)
-    else:
-        run.log.info("the network starts from random weights (no --encoder-weights)")
+    run.log.info(start.load(model, run.config.model))
     train_network(run, "explicit", model, run.config.explicit)
 
 

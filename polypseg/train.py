@@ -32,10 +32,11 @@ from polypseg.distributed import Processes, choose_device, join_processes, leave
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
 from polypseg.malloc import keep_freed_memory
-from polypseg.models import build_model, load_pretrained
+from polypseg.models import build_model
 from polypseg.network_training import train_explicit, train_implicit
 from polypseg.run_config import added_settings, differences, load_run_config
 from polypseg.runs import ResultsCsv, lock_folder, setup_log, versions
+from polypseg.starting import Start
 from polypseg.testsets import audit_test_sets, find_test_sets
 from polypseg.train_arguments import parse
 from polypseg.training_run import PHASES, Run, fields, summary_writer
@@ -62,16 +63,17 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cpu":
         keep_freed_memory()
     processes, device = join_processes(device)
+    start = Start(arguments.encoder_weights, arguments.start_from)
     with contextlib.ExitStack() as stack:
         stack.callback(leave_processes, processes)
-        run, data = _open_run(arguments, config, device, processes, stack)
+        run, data = _open_run(arguments, config, start, device, processes, stack)
         if processes.world > 1 and config.hyper.alternate:
             raise ConfigError("hyper.alternate trains in one process; start it without torchrun")
         for phase in phases:
             if run.weights(phase).exists():
                 run.log.info("%s: already trained", phase)
             elif phase == "explicit":
-                train_explicit(run, arguments.encoder_weights)
+                train_explicit(run, start)
             elif phase == "implicit":
                 train_implicit(run)
             elif processes.first:  # so small a network is not worth sharing
@@ -84,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 def _open_run(
     arguments: argparse.Namespace,
     config: Config,
+    start: Start,
     device: torch.device,
     processes: Processes,
     stack: contextlib.ExitStack,
@@ -97,7 +100,7 @@ def _open_run(
     if processes.first:
         data = _data(arguments)
         # Whatever is wrong is an error before anything is written.
-        _refuse_bad_input(data, arguments.encoder_weights, config, tested=arguments.evaluate)
+        _refuse_bad_input(data, start, config, tested=arguments.evaluate)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock_folder(folder))
         remove_unfinished(folder)
@@ -198,8 +201,8 @@ def _data(arguments: argparse.Namespace) -> Path:
     return data
 
 
-def _refuse_bad_input(data: Path, weights: Path | None, config: Config, tested: bool) -> None:
-    """Check images, masks and encoder weights, and report the faults of all of them together."""
+def _refuse_bad_input(data: Path, start: Start, config: Config, tested: bool) -> None:
+    """Check images, masks and starting weights, and report the faults of all of them together."""
     errors: list[Exception] = []
     found = audit_folder(training_folder(data), config.model.classes)
     faults = [fault for fault in found if fault.severity == "error"]
@@ -211,9 +214,9 @@ def _refuse_bad_input(data: Path, weights: Path | None, config: Config, tested: 
     except DataError as error:
         errors.append(error)
     try:
-        if weights is not None:
-            load_pretrained(build_model(config.model), weights)
-    except CheckpointError as error:
+        if start != Start():
+            start.load(build_model(config.model), config.model)
+    except (CheckpointError, ConfigError) as error:
         errors.append(error)
     if len(errors) > 1:
         raise InputError("\n".join(map(str, errors)))

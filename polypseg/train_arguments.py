@@ -52,11 +52,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print all settings, as a file for --config, and do nothing",
     )
-    parser.add_argument(
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
         "--encoder-weights",
         type=Path,
         metavar="FILE",
         help="SegFormer encoder, .safetensors or .pth",
+    )
+    start.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="RUN",
+        help="fine-tune the network of another run or of a released model",
     )
     parser.add_argument(
         "--phases",

@@ -29,7 +29,12 @@ class SegmentationModel(nn.Module):
     """A network from normalised images (B, 3, H, W) to a `Prediction`.
 
     ``explicit`` is one ordinary pass; ``forward`` is the same unless the network is implicit.
+
+    Attributes:
+        head: reads the prediction out; its last layer alone depends on the number of classes.
     """
+
+    head: nn.Sequential
 
     def explicit(self, images: Tensor) -> Prediction:
         """Predict in one pass, without a solver."""

@@ -1,0 +1,73 @@
+"""What the explicit phase starts from: random weights, a pretrained encoder, or another run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from polypseg.checkpoint import CheckpointError, load_into
+from polypseg.config import ConfigError, ModelConfig
+from polypseg.models import SegmentationModel, load_pretrained
+from polypseg.run_config import load_run_config
+from polypseg.training_run import PHASES
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a network takes its first weights from; by default they are random.
+
+    Attributes:
+        encoder_weights: file of a SegFormer encoder; the rest of the network stays random.
+        run: run directory, or a released model, of the same network, to fine-tune: all weights of
+            its explicit phase or, where it lacks those, of its implicit one. Only with another
+            number of classes does the last layer stay random.
+    """
+
+    encoder_weights: Path | None = None
+    run: Path | None = None
+
+    def load(self, model: SegmentationModel, config: ModelConfig) -> str:
+        """Load the first weights into a network of ``config``; returns what was done, for a log.
+
+        Raises:
+            ConfigError: the run's configuration is missing or cannot be read.
+            CheckpointError: weights cannot be read or do not fit; nothing is loaded.
+            ValueError: encoder weights are given to a network without that encoder.
+        """
+        if self.encoder_weights is not None:
+            load_pretrained(model, self.encoder_weights)
+            return f"encoder weights from {self.encoder_weights}"
+        if self.run is not None:
+            return self._load_run(self.run, model, config)
+        return "the network starts from random weights (neither --encoder-weights nor --start-from)"
+
+    @staticmethod
+    def _load_run(run: Path, model: SegmentationModel, config: ModelConfig) -> str:
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"--start-from {run}: not a run directory; it has no config.yaml")
+        theirs = load_run_config(run / "config.yaml").model
+        if (theirs.name, theirs.encoder) != (config.name, config.encoder):
+            raise CheckpointError(
+                f"--start-from {run}: it holds a {theirs.name} with encoder {theirs.encoder}, and "
+                f"{config.name} with encoder {config.encoder} is to be trained; give "
+                f"model.name={theirs.name} model.encoder={theirs.encoder}"
+            )
+        files = [run / f"{phase}.safetensors" for phase in PHASES[:2]]
+        found = next((file for file in files if file.is_file()), None)
+        if found is None:
+            raise CheckpointError(
+                f"--start-from {run}: it has neither {files[0].name} nor {files[1].name}; train "
+                "its explicit phase first"
+            )
+        fresh: list[str] = []
+        if theirs.classes != config.classes:
+            last = f"head.{len(model.head) - 1}."
+            fresh = [key for key in model.state_dict() if key.startswith(last)]
+        load_into(model, found, what=f"model {config.name}", leave_out=fresh)
+        note = (
+            f"; its last layer starts from random weights, for {config.classes} instead of "
+            f"{theirs.classes} classes"
+            if fresh
+            else ""
+        )
+        return f"the network starts from {found}{note}"

@@ -9,11 +9,13 @@ from torch import Tensor
 from deqsolvers import (
     DEQ,
     Anderson,
+    Backward,
     Broyden,
     HandOver,
     HyperSolver,
     Implicit,
     NewtonKrylov,
+    Phantom,
     Picard,
     Solution,
     Solver,
@@ -74,6 +76,24 @@ def test_no_value_is_read_by_the_host(
     assert solution.z.is_meta
     assert solution.trace is not None
     assert solution.calls == 8 + (final == "best")
+
+
+@pytest.mark.parametrize(
+    "backward", [Implicit(tol=None), Phantom(2), "jacobian-free", "shine", "unrolled"]
+)
+@pytest.mark.parametrize("tol", [None, 1e-4])
+def test_no_value_is_read_on_the_way_back(
+    backward: Backward | str, tol: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An implicit backward pass with a tolerance reads one flag: whether it has failed."""
+    monkeypatch.setattr(HostMask, "read", lambda self, running: None)
+    with torch.device("meta"):
+        f = TanhMap(6, norm=0.7)
+        x = torch.ones(4, 6, requires_grad=True)
+    z, _ = DEQ(f, solver=Broyden(4), backward=backward, tol=tol, max_steps=6)(x)
+    z.sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is not None and p.grad.is_meta for p in f.parameters())
 
 
 class LateMask(HostMask):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deqsolvers.progress import HostMask
 from polypseg.config import make_config
 from polypseg.losses import structure_loss
 from polypseg.models import ImplicitModel, build_implicit_model
@@ -61,6 +62,18 @@ def test_any_step_can_be_scored() -> None:
             outcome = objective(images, masks, True, early=step)
             early = (outcome.objective - outcome.loss).item()
             assert early == pytest.approx(structure_loss(model.read_out(z), masks).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["polypdeq-add", "polypdeq-res", "mdeq"])
+def test_an_update_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors have no values, and mixing them with the CPU's is an error, as on a GPU."""
+    monkeypatch.setattr(HostMask, "read", lambda self, running: None)
+    with torch.device("meta"):
+        objective, model = implicit_objective(name, "implicit.correction=1")
+    images, masks = (part.to("meta") for part in a_batch())
+    outcome = objective.train()(images, masks, True, regularized=True, early=2)
+    outcome.objective.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 def test_the_step_is_drawn_anew_from_all_and_alike_in_all_processes() -> None:

@@ -38,8 +38,14 @@ class DEQ(nn.Module):
         raise_on_failure: raise `ConvergenceError` if a forward solve fails (synchronises).
 
     The layer returns ``(z, solution)``: z is differentiable w.r.t. the inputs, f's parameters and
-    whatever else f depends on; ``solution`` is the forward `Solution`. With gradients disabled, or
-    nothing that needs them, only the solve runs.
+    whatever else f depends on; ``solution`` is the forward `Solution`. With gradients disabled only
+    the solve runs; with them f is called once more, by `Phantom` as often as it has steps, even
+    where nothing turns out to need them.
+
+    Raises:
+        TypeError: f or ``z0`` is not callable, the solver is no `Solver`, or ``backward`` is
+            neither a name nor a `Backward`.
+        ValueError: an option is out of range.
     """
 
     def __init__(
@@ -58,6 +64,13 @@ class DEQ(nn.Module):
         raise_on_failure: bool = False,
     ):
         super().__init__()
+        if not callable(f):
+            raise TypeError(f"f must be callable, as f(z, *inputs), got {f!r}")
+        if z0 is not None and not callable(z0):
+            raise TypeError(
+                "z0 must be a function of the inputs that makes the initial state, got a "
+                f"{type(z0).__name__}; give a state itself to the call: deq(x, z0=...)"
+            )
         self.f = f
         self.solver = Anderson() if solver is None else solver
         check_solver(self.solver)
@@ -122,4 +135,7 @@ class DEQ(nn.Module):
         options.setdefault("z0", self.z0)
         options.setdefault("raise_on_failure", self.raise_on_failure)
         other = DEQ(self.f, solver, **options)
-        return other.train(self.training)
+        other.training = self.training  # f's modules, which may differ, keep theirs
+        if isinstance(solver, nn.Module):
+            solver.train(self.training)
+        return other

@@ -18,7 +18,7 @@ from deqsolvers.progress import HostMask, Progress
 from deqsolvers.solution import ConvergenceError, Solution
 from deqsolvers.solvers import Anderson, Solver
 from deqsolvers.solvers.base import check_solver
-from deqsolvers.state import Layout, map_rows
+from deqsolvers.state import Layout, check_inputs, map_rows
 
 # Dropping decided samples copies the solver's memory; it pays once this share of the batch is gone.
 _DROP_SHARE = 0.2
@@ -81,7 +81,8 @@ def fixed_point(
         final: "best" returns each sample's best measured iterate, the one with the smallest
             ``||f(z) - z||``. "last" returns the iterate after the last update instead, which the
             last evaluation gives for free: where a sample meets ``tol``, one update further. It is
-            not measured, and its residual is NaN.
+            not measured, and its residual is NaN. `NewtonKrylov`, whose iterates may be probes,
+            returns the best one all the same.
         stall_after: a sample whose best residual has not fallen by one per cent for this many
             steps ends as stalled; raise it where a solve crosses long plateaus.
         drop_converged: let decided samples leave the batch when that saves work. Set False if f
@@ -117,10 +118,7 @@ def iterate(
 ) -> Solution:
     """`fixed_point` in the caller's grad mode: with gradients on, its z is differentiable."""
     check_solver(solver)
-    if not isinstance(inputs, tuple):
-        raise TypeError(
-            f"inputs must be a tuple of f's further arguments, got {type(inputs).__name__}"
-        )
+    check_inputs(inputs)
     autocast = Autocast(z0 if z0 is not None else inputs)
     if z0 is None:
         z0 = widen(solver.start(*inputs))
@@ -153,13 +151,15 @@ def iterate(
             # What f will see, so that the residual belongs to the state that is returned.
             return layout.flatten(layout.unflatten(z_next)) if rounds else z_next
 
+        fz = z  # until f was called
         for step in range(evaluations if batch else 0):
             version = _version(z, first=calls == 0)
+            before, returned = fz, _version(fz, first=False)  # solvers may remember it
             with autocast.restored():
                 state = f(layout.unflatten(z), *inputs)
             if calls == 0:
                 layout.check(state, z.shape[0])
-            if _changed(z, version):
+            if _changed(z, version) or _changed(before, returned):
                 raise ValueError(
                     "f changed its argument z in place, or returned a buffer that its next call "
                     "writes over; let it work on a copy (avoid z += ..., z.relu_() and the like)"
@@ -182,7 +182,8 @@ def iterate(
             z_next = None
             if last:
                 z_next = update()
-                progress.replace_converged(step, z_next)
+                if not solver.explores:
+                    progress.replace_converged(step, z_next)
             running = None
             if early and not progress.all_running:
                 running = mask.read(progress.running)
@@ -209,7 +210,11 @@ def iterate(
             solver.step(memory, z, fz, g)  # what the last evaluation taught belongs to it too
     autocast.forget_weights()
     solution = progress.solution(
-        layout, z if last else None, calls, rows_evaluated, residuals if trace else None
+        layout,
+        z if last and not solver.explores else None,
+        calls,
+        rows_evaluated,
+        residuals if trace else None,
     )
     if keep_memory:
         solution.memory = memory

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -37,8 +38,14 @@ def cached_weights(f: Any) -> Iterator[None]:
     see the same weights, such as a regulariser on f at the solution. A pass that is itself
     differentiated (``create_graph``) evaluates f after the block and computes the weights again.
 
+    torch keeps one cache for all threads: while one thread trains f, another must not evaluate it.
+
     Args:
         f: an nn.Module whose submodules are parametrized. Anything else is left alone.
+
+    Raises:
+        RuntimeError: another thread evaluates f without gradients, so that this one would lose
+            its own.
     """
     modules = f.modules() if isinstance(f, nn.Module) else ()
     parametrized = [module for module in modules if parametrize.is_parametrized(module)]
@@ -47,6 +54,12 @@ def cached_weights(f: Any) -> Iterator[None]:
         return
     with parametrize.cached():
         for module in parametrized:
-            for name in module.parametrizations:  # type: ignore[union-attr]
-                getattr(module, name)
+            for name, made_of in cast(nn.ModuleDict, module.parametrizations).items():
+                trained = any(weight.requires_grad for weight in made_of.parameters())
+                recorded = getattr(module, name).requires_grad
+                if torch.is_grad_enabled() and trained and not recorded:
+                    raise RuntimeError(
+                        f"the parametrized weight {name!r} of {type(module).__name__} is in use by "
+                        "a solve without gradients in another thread; give each thread a copy of f"
+                    )
         yield

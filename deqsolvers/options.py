@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from deqsolvers.solvers.base import check_count
@@ -22,7 +23,7 @@ class Options:
     def __post_init__(self) -> None:
         check_count("max_steps", self.max_steps)
         check_count("stall_after", self.stall_after)
-        if self.tol is not None and not (isinstance(self.tol, (int, float)) and self.tol >= 0):
+        if self.tol is not None and not (isinstance(self.tol, Real) and self.tol >= 0):
             raise ValueError(f"tol must be None or a number of at least 0, got {self.tol!r}")
         if self.final not in ("best", "last"):
             raise ValueError(f"final must be 'best' or 'last', got {self.final!r}")

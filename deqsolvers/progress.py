@@ -17,7 +17,9 @@ _STALL_FACTOR = 0.99  # a smaller fall of the best residual does not count as pr
 # start close to an unstable fixed point looks like divergence until another one attracts the path;
 # what grows slowly ends as a stall.
 _DIVERGED_FACTOR = 1e10
-_GROWN_FACTOR = 10.0  # the growth that makes a stalled sample a diverged one
+_GROWN_FACTOR = 10.0  # the growth that makes a sample that did not converge a diverged one
+# Norms from which on the squares of all that counts in them are normal numbers.
+_SQUARES_FROM = {torch.float32: 1e-15, torch.float64: 1e-145}
 
 
 class Progress:
@@ -57,6 +59,7 @@ class Progress:
         self._scale = infinite  # the larger of that and ||f(z0)||
         self._best_g: Tensor | None = None  # f(z) - z at best_z, where its residual is not known
         self._unwritten: int | None = None  # the step that all samples' counters stand at
+        self._grown = torch.zeros_like(self.running)  # whether ||g|| is far above its first value
         self._left: _Results | None = None
 
     def measure(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
@@ -86,11 +89,12 @@ class Progress:
         if self.options.relative and self._relate:
             residual = size / row_norms(fz)
         fine = size < self._best_size
-        if step == 0:
-            fine &= size > 0  # in single precision it may have vanished
+        fine &= size > _SQUARES_FROM[size.dtype]  # below, squares may have vanished
         if self.options.tol is not None:
             fine &= residual > self.options.tol
             fine &= residual < _STALL_FACTOR * self._mark
+        elif residual is not size:
+            fine &= residual > 0  # f(z) may have overflowed where its entries did not
         if not torch.equal(fine, self.running):  # which are all true here
             return None
         if step == 0 and self.options.tol is not None:
@@ -146,7 +150,7 @@ class Progress:
         self._mark = torch.where(progressed, residual, self._mark)
         self._mark_step = torch.where(progressed, step, self._mark_step)
         stalled = finite & (step - self._mark_step >= self.options.stall_after)
-        grown = size > _GROWN_FACTOR * self._first
+        grown = self._grown = size > _GROWN_FACTOR * self._first
         status = torch.where(stalled & ~grown, int(Status.STALLED), status)
         diverged = finite & ((size > _DIVERGED_FACTOR * self._scale) | (stalled & grown))
         status = torch.where(diverged, int(Status.DIVERGED), status)
@@ -199,7 +203,10 @@ class Progress:
         self._write_steps()
         undecided = self.running
         limit = Status.FIXED_STEPS if self.options.tol is None else Status.STEP_LIMIT
-        self.status = torch.where(undecided, int(limit), self.status).to(torch.int8)
+        # One that has only ever grown; where a step lowered it, the last may be a trial too long.
+        diverged = self._grown & (self.best_step == 0)
+        ended = torch.where(diverged, int(Status.DIVERGED), int(limit))
+        self.status = torch.where(undecided, ended, self.status).to(torch.int8)
         z = self.best_z
         if last is not None:
             z = torch.where(undecided.unsqueeze(1), last, z)
@@ -227,12 +234,14 @@ class Progress:
 def _row_norms(x: Tensor) -> Tensor:
     """(b,) Euclidean norms that neither overflow nor vanish where the entries do not."""
     norms = torch.linalg.vector_norm(x, dim=1)
-    if x.dtype != torch.float32:
+    # The long way costs several times as much on a CPU, but there a look at the norms is free.
+    if may_look(x) and bool(((norms > _SQUARES_FROM[x.dtype]) & (norms < torch.inf)).all()):
         return norms
-    # Double precision is several times slower on a CPU, but there a look at the norms is free.
-    if may_look(x) and bool(((norms > 0) & (norms < torch.inf)).all()):
-        return norms
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
+    if x.dtype == torch.float32:
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True)
+    scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
+    return torch.linalg.vector_norm(x / scale, dim=1) * scale.squeeze(1)
 
 
 class _Results:

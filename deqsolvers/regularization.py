@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from deqsolvers.solvers.base import check_count
-from deqsolvers.state import Layout
+from deqsolvers.state import Layout, check_inputs
 
 
 def jacobian_regularizer(
@@ -32,18 +33,20 @@ def jacobian_regularizer(
         generator: for the random vectors.
 
     Returns:
-        A scalar.
+        A scalar; 0 for an empty batch.
+
+    Raises:
+        ValueError, TypeError: z is no state, ``inputs`` no tuple, or f returns another shape than
+            z.
 
     Source: Bai, Koltun & Kolter, "Stabilizing equilibrium models by Jacobian regularization" (ICML
         2021).
     """
-    layout = Layout.of(z, "z")
-    with torch.enable_grad():
-        matrix = layout.flatten(z).detach().requires_grad_()
-        fz = layout.flatten(f(layout.unflatten(matrix), *inputs))
+    with torch.inference_mode(False), torch.enable_grad():
+        matrix, fz = _recorded(f, z, inputs)
         noise = torch.randn(fz.shape, generator=generator, dtype=fz.dtype, device=fz.device)
         product = _vjp(fz, matrix, noise, create_graph=True)
-        return product.square().sum() / product.numel()
+        return product.square().sum() / max(product.numel(), 1)
 
 
 def spectral_radius(
@@ -78,24 +81,47 @@ def spectral_radius(
         (B,) without gradient; NaN for a sample whose Jacobian is not finite.
 
     Raises:
-        ValueError, TypeError: ``iterations`` is not a positive integer, z is no state, or f returns
-            another shape than z.
+        ValueError, TypeError: ``iterations`` is not a positive integer, z is no state, ``inputs``
+            no tuple, or f returns another shape than z.
 
     Source: Saad, "Numerical methods for large eigenvalue problems" (2011), chapter 6.
     """
     check_count("iterations", iterations)
+    with torch.inference_mode(False):
+        with torch.enable_grad():
+            matrix, fz = _recorded(f, z, inputs)
+        return _radius(matrix.detach(), lambda v: _vjp(fz, matrix, v), iterations, generator)
+
+
+def _recorded(f: Callable[..., Any], z: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """z as a matrix (B, features), a leaf, and f of it, recorded."""
     layout = Layout.of(z, "z")
-    with torch.enable_grad():
-        matrix = layout.flatten(z).detach().requires_grad_()
-        state = f(layout.unflatten(matrix), *inputs)
-        layout.check(state, len(matrix))
-        fz = layout.flatten(state)
+    check_inputs(inputs)
+    z, inputs = pytree.tree_map(_ordinary, (z, inputs))
+    matrix = layout.flatten(z).detach().requires_grad_()
+    state = f(layout.unflatten(matrix), *inputs)
+    layout.check(state, len(matrix), "z")
+    return matrix, layout.flatten(state)
+
+
+def _ordinary(leaf: Any) -> Any:
+    """A tensor that autograd can record; one made in inference mode is copied."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+
+def _radius(
+    matrix: Tensor,
+    product: Callable[[Tensor], Tensor],
+    iterations: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """(B,) of the map ``product`` of matrices like ``matrix``."""
     if matrix.numel() == 0:
         return matrix.new_zeros(len(matrix))
     with torch.no_grad():
         start = torch.empty_like(matrix).normal_(generator=generator)
         size = min(iterations, start.shape[1])
-        hessenberg = _arnoldi(lambda v: _vjp(fz, matrix, v), start, size)
+        hessenberg = _arnoldi(product, start, size)
         finite = hessenberg.isfinite().all(2).all(1)
         # A matrix this small is not worth a kernel of the device's own.
         small = torch.where(finite[:, None, None], hessenberg, 0.0).cpu()

@@ -70,6 +70,9 @@ class ConvergenceError(RuntimeError):
         self.solution = solution
         super().__init__(solution.describe())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConvergenceError, (self.solution,)  # not the message, which it would be made of
+
 
 class ConvergenceWarning(UserWarning):
     """A solve that nobody looks at (a backward pass, for instance) missed its tolerance."""

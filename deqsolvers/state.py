@@ -144,7 +144,7 @@ class Layout:
             return leaves[0]
         return pytree.tree_unflatten(leaves, self.structure)
 
-    def check(self, state: Any, rows: int) -> None:
+    def check(self, state: Any, rows: int, name: str = "z0") -> None:
         """Raise ValueError, naming the difference, unless ``state`` has this layout and ``rows``
         rows.
 
@@ -158,12 +158,13 @@ class Layout:
             fits = False
         if not fits or structure.num_nodes != self.structure.num_nodes:
             raise ValueError(
-                f"f must return a state of the structure of z0, {self.structure}; got {structure}"
+                f"f must return a state of the structure of {name}, {self.structure}; "
+                f"got {structure}"
             )
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor) or leaf.shape != (rows, *shape):
                 got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(f"f must return the shape of z0, {(rows, *shape)}; got {got}")
+                raise ValueError(f"f must return the shape of {name}, {(rows, *shape)}; got {got}")
             if leaf.is_complex() != dtype.is_complex:
                 raise ValueError(f"f returned {leaf.dtype} for a state of {dtype}")
             if leaf.device != self.device:
@@ -174,6 +175,15 @@ class Layout:
 
 def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.empty(0, dtype=dtype).real.dtype if dtype.is_complex else dtype
+
+
+def check_inputs(inputs: object) -> None:
+    """TypeError unless ``inputs`` is a tuple."""
+    if not isinstance(inputs, tuple):
+        raise TypeError(
+            "inputs must be a tuple of f's further arguments, such as (x,); got "
+            f"{type(inputs).__name__}"
+        )
 
 
 def map_rows(function: Callable[[Tensor], Tensor], inputs: Any, batch: int) -> Any:
@@ -189,7 +199,8 @@ def map_rows(function: Callable[[Tensor], Tensor], inputs: Any, batch: int) -> A
         if leaf.dim() == 0 or leaf.shape[0] != batch:
             raise ValueError(
                 f"a tensor in inputs has shape {tuple(leaf.shape)}; its first dimension must be "
-                f"the batch, {batch}. Let f close over tensors that all samples share"
+                f"the batch, {batch} as in z0. If z0 (a warm start?) is right, the tensor may be "
+                "one that all samples share: let f close over it"
             )
         return function(leaf)
 

@@ -25,8 +25,11 @@ def get_backward(backward: str | Backward) -> Backward:
     """
     if isinstance(backward, Backward):
         return backward
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
+    if not isinstance(backward, str) or backward not in BACKWARDS:
+        raise ValueError(
+            f"backward must be one of {', '.join(BACKWARDS)}, or an object such as Implicit(), got "
+            f"{backward!r}"
+        )
     return BACKWARDS[backward]()
 
 

@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 def closure_leaves(root: Tensor, known: tuple[Tensor, ...]) -> list[Tensor]:
-    """The leaf tensors that ``root`` was computed from, other than through ``known``."""
+    """The leaf tensors that ``root`` was computed from, other than through ``known``.
+
+    Raises:
+        RuntimeError: a reentrant activation checkpoint hides what it was computed from.
+    """
     seen: set[Any] = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
     found = []
     waiting = [root.grad_fn]
@@ -18,6 +22,11 @@ def closure_leaves(root: Tensor, known: tuple[Tensor, ...]) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "f uses reentrant activation checkpointing, which no implicit gradient can pass; "
+                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
         variable = getattr(node, "variable", None)
         if variable is not None and not any(variable is tensor for tensor in known):
             found.append(variable)

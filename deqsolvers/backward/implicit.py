@@ -22,6 +22,7 @@ from deqsolvers.options import Options
 from deqsolvers.precision import Autocast, coarsest, precision_floor
 from deqsolvers.solution import ConvergenceWarning, Solution
 from deqsolvers.solvers import Anderson, Solver
+from deqsolvers.solvers.base import check_solver
 from deqsolvers.state import Layout
 
 _TOL = 1e-4  # where the precision allows it
@@ -73,7 +74,8 @@ class Implicit(Backward):
         tol: float | Literal["auto"] | None = "auto",
         max_steps: int = 50,
     ):
-        self.solver = solver or Anderson()
+        self.solver = Anderson() if solver is None else solver
+        check_solver(self.solver)
         self.tol = tol
         # The recorded graph of f spans the whole batch, so samples cannot leave it.
         self.options = Options(_TOL if tol == "auto" else tol, max_steps, drop_converged=False)
@@ -140,7 +142,7 @@ class Implicit(Backward):
         closure = closure_leaves(recorded, (leaf, *aliases))
         if not variables and not closure:
             return fixed  # f depends on nothing that needs a gradient
-        return _ImplicitGradient.apply(
+        attached = _ImplicitGradient.apply(
             self,
             f,
             solution,
@@ -152,6 +154,9 @@ class Implicit(Backward):
             *variables,
             *closure,
         )
+        # A second derivative needs that tensor as it is; what the caller does in place (an
+        # activation, a mask) must not reach it.
+        return attached.clone()
 
     def adjoint(
         self, vjp: Callable[[Tensor], Tensor], v: Tensor, solution: Solution | None

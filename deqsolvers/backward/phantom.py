@@ -8,13 +8,17 @@ from typing import Any
 import torch
 
 from deqsolvers.backward.base import Backward, on_matrices
-from deqsolvers.solution import Solution
+from deqsolvers.modes import may_look
+from deqsolvers.solution import Solution, Status
 from deqsolvers.solvers.base import check_count, check_fraction
 from deqsolvers.state import Layout
 
 
 class Phantom(Backward):
     """Phantom gradient: backpropagate through a few damped steps of f from the fixed point.
+
+    The state that the layer returns is the last of these steps, a little nearer to z* than
+    ``solution.z``, to which ``solution.residual`` belongs.
 
     Args:
         steps: how many steps are recorded; memory grows with it.
@@ -33,10 +37,17 @@ class Phantom(Backward):
     def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:
         layout = Layout.of(solution.z)
         matrix_f = on_matrices(f, inputs, layout)
-        z = layout.flatten(solution.z).detach()
-        for _ in range(self.steps):
+        start = z = layout.flatten(solution.z).detach()
+        # From where f blows up further steps may overflow, and NaN spreads to the gradients of all
+        # that samples share. Such a sample takes one step, from its best iterate.
+        lost = None
+        if self.steps > 1 and not (may_look(z) and bool((solution.status > Status.DIVERGED).all())):
+            lost = (solution.status <= Status.DIVERGED).unsqueeze(1)
+        for step in range(self.steps):
             fz = matrix_f(z)
             z = fz if self.damping == 1 else torch.lerp(z, fz, self.damping)
+            if lost is not None and step + 1 < self.steps:
+                z = torch.where(lost, start, z)
         return layout.unflatten(z)
 
 

@@ -67,7 +67,9 @@ class Shine(Backward):
         layout = Layout.of(solution.z)
         fixed = layout.flatten(solution.z).detach()
         recorded = on_matrices(f, inputs, layout)(fixed)
-        if memory is None or not recorded.requires_grad:  # an empty batch, or nothing to train
+        if memory is None:  # an empty batch
+            return layout.unflatten(recorded), solution
+        if not recorded.requires_grad:  # nothing to train
             return solution.z, solution
 
         def adjoint(v: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from deqsolvers.backward.base import Backward
+from deqsolvers.backward.phantom import JacobianFree
 from deqsolvers.fixed_point import iterate
 from deqsolvers.options import Options
 from deqsolvers.solution import Solution
@@ -37,6 +38,8 @@ class Unrolled(Backward):
         with torch.enable_grad():
             solution = iterate(f, z0, inputs, solver, replace(options, drop_converged=False))
         z = solution.z
+        if solution.calls == 0:  # an empty batch, whose gradients are zeros and not nothing
+            z = JacobianFree().attach(f, inputs, solution)
         return z, solution.detach()
 
     def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from deqsolvers.hypersolver.losses import (
 )
 from deqsolvers.hypersolver.progress import Bar
 from deqsolvers.hypersolver.record import FitEpoch, FitState
-from deqsolvers.hypersolver.targets import RELIABLE, Target, Teacher
+from deqsolvers.hypersolver.targets import RELIABLE, Target, Teacher, fingerprint
 from deqsolvers.solvers import Solver
 from deqsolvers.solvers.base import check_count
 from deqsolvers.solvers.hyper import FittedOn, HyperSolver
@@ -46,7 +47,7 @@ def fit_hypersolver(
     teacher_tol: float = 1e-4,
     teacher_steps: int = 100,
     cache: bool | str | Path = False,
-    validation: Iterable[Any] | None = None,
+    validation: Batches | None = None,
     patience: int | None = None,
     resume: str | Path | None = None,
     seed: int = 0,
@@ -67,12 +68,13 @@ def fit_hypersolver(
     Args:
         hyper: trained in place.
         deq: provides f; it is put into evaluation mode and left so only while fitting.
-        batches: iterated once an epoch; every item is f's inputs, one tensor or a tuple. Or a
-            function of the epoch, 0 first, that returns such an iterable: a resumed fit then
-            repeats exactly what it would have seen. A list is shuffled every epoch.
+        batches: iterated once an epoch; every item is f's inputs, one tensor, or a tuple or list of
+            them (as a DataLoader makes). Or a function of the epoch, 0 first, that returns such an
+            iterable: a resumed fit then repeats exactly what it would have seen. A list is shuffled
+            every epoch.
         epochs: passes over ``batches``.
         steps: K, unrolled steps.
-        lr, final_lr: learning rate at the first and last update.
+        lr, final_lr: learning rate at the first update, and where it has come to after the last.
         weights: of the three losses, or a name in `PUBLISHED_WEIGHTS`; the defaults of
             `LossWeights` if None.
         mode: "full" unrolling; "checkpoint" evaluates f again in the backward pass, so that memory
@@ -97,9 +99,9 @@ def fit_hypersolver(
         One `FitEpoch` an epoch, those of a resumed fit included.
 
     Raises:
-        ValueError: ``batches`` is empty, an option is out of range, ``resume`` holds another fit,
-            or z* is unreliable (residual above 1e-2) for most of the first samples: train the DEQ
-            better before its solver.
+        ValueError: ``batches`` is empty, an option is out of range, ``resume`` holds another fit
+            (other settings, another f or HyperSolver), or z* is unreliable (residual above 1e-2)
+            for most of the first samples: train the DEQ better before its solver.
     """
     weights = get_weights(weights)
     check_count("epochs", epochs)
@@ -113,16 +115,31 @@ def fit_hypersolver(
         if validation is None:
             raise ValueError("patience needs validation batches to judge by")
     epoch_batches = _by_epoch(batches, seed)
+    if callable(validation):
+        validation = validation(0)
     if validation is not None and not isinstance(validation, Sized):
         validation = list(validation)
-    per_epoch = len(cast(Sized, epoch_batches(0)))
+    per_epoch = len(epoch_batches(0))
     if per_epoch == 0:
         raise ValueError("batches is empty: there is nothing to fit the HyperSolver on")
     total = epochs * per_epoch
     parameters = [p for p in hyper.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=lr)
     fit = FitState(hyper, optimizer, None if resume is None else Path(resume))
-    fit.load({"epochs": epochs, "per_epoch": per_epoch, "steps": steps, "lr": lr, "seed": seed})
+    fit.load(
+        {
+            "epochs": epochs,
+            "per_epoch": per_epoch,
+            "steps": steps,
+            "lr": lr,
+            "final_lr": final_lr,
+            "seed": seed,
+            "mode": mode,
+            "weights": asdict(weights),
+            "teacher": f"{teacher!r} {teacher_tol:g} {teacher_steps}",
+            "f": fingerprint(deq.f),
+        }
+    )
     modes = {module: module.training for module in deq.modules()}
     deq.eval()
     hyper.train()
@@ -206,12 +223,21 @@ def measure_distances(
     return distances
 
 
-def _by_epoch(batches: Batches, seed: int) -> Callable[[int], Iterable[Any]]:
+class _Epoch(Protocol):
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+
+def _by_epoch(batches: Batches, seed: int) -> Callable[[int], _Epoch]:
     """A function of the epoch that returns what to iterate, with a length."""
+
+    def sized(items: Iterable[Any]) -> _Epoch:
+        return cast(_Epoch, items) if isinstance(items, Sized) else list(items)
+
     if callable(batches):
-        return batches
+        return lambda epoch: sized(batches(epoch))
     if isinstance(batches, Sized) and not isinstance(batches, (list, tuple)):
-        return lambda epoch: batches
+        return lambda epoch: cast(_Epoch, batches)
     items = list(batches)
 
     def shuffled(epoch: int) -> list[Any]:

@@ -34,7 +34,12 @@ class AlphaBetaNetwork(nn.Module):
     ):
         super().__init__()
         if groups < 1 or width % groups:
-            raise ValueError(f"groups must divide width={width}, got {groups}")
+            raise ValueError(
+                f"groups must divide width={width}, got {groups} (8 by default): choose another "
+                "width"
+            )
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.memory = check_count("memory", memory)
         self.features = features
         self.arguments = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deqsolvers.hypersolver.losses import convergence
+from deqsolvers.hypersolver.saving import check_fit
 from deqsolvers.hypersolver.targets import write_whole
 from deqsolvers.solvers.hyper import FittedOn, HyperSolver
 
@@ -55,11 +56,18 @@ class FitState:
             raise ValueError(
                 f"resume: {self.file} is damaged or no file of a fit; delete it to start again"
             ) from error
-        if state["settings"] != settings:
+        stored = state["settings"]
+        other = [key for key in settings if stored.get(key) != settings[key]]
+        if other:
             raise ValueError(
-                f"resume: {self.file} holds a fit with {state['settings']}, this one has "
-                f"{settings}; repeat the first call's arguments, or give another file"
+                f"resume: {self.file} holds another fit: "
+                + "; ".join(f"{key} was {stored.get(key)}, now {settings[key]}" for key in other)
+                + ". Repeat the first call's arguments, or give another file"
             )
+        try:
+            check_fit(self.hyper, state["hyper"])
+        except ValueError as error:
+            raise ValueError(f"resume: {self.file} is of another HyperSolver: {error}") from None
         self.hyper.load_state_dict(state["hyper"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best = state["best"]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from deqsolvers.hypersolver import initializers, network, preconditioners
@@ -42,16 +43,25 @@ _POOLS = {
 def hypersolver_metadata(hyper: HyperSolver) -> dict[str, str]:
     """The configuration and `FittedOn` of ``hyper``, as metadata of a safetensors file."""
     record: dict[str, Any] = {
-        "pool": getattr(hyper.pool, "__name__", type(hyper.pool).__name__),
+        "pool": _name(hyper.pool, _POOLS),
         "fitted_on": None if hyper.fitted_on is None else asdict(hyper.fitted_on),
+        "dtype": str(next(hyper.parameters()).dtype).removeprefix("torch."),
     }
     for part in _PARTS:
         module = getattr(hyper, part)
         record[part] = module and {
-            "class": type(module).__name__,
+            "class": _name(type(module), _MODULES),
             "arguments": getattr(module, "arguments", None),
         }
     return {_KEY: json.dumps(record)}
+
+
+def _name(thing: Any, ours: dict[str, Any]) -> str:
+    """By which a file knows it: the bare name for one of ours alone."""
+    name = getattr(thing, "__name__", type(thing).__name__)
+    if ours.get(name) is thing:
+        return name
+    return f"{getattr(thing, '__module__', type(thing).__module__)}.{name}"
 
 
 def save_hypersolver(hyper: HyperSolver, path: str | Path) -> None:
@@ -99,7 +109,7 @@ def load_hypersolver(path: str | Path, *, into: HyperSolver | None = None) -> Hy
         raise ValueError(f"{path}: holds no HyperSolver (save one with save_hypersolver)")
     hyper = _build(record, path) if into is None else into
     try:
-        _check_fit(hyper, tensors)
+        check_fit(hyper, tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; nothing was loaded") from None
     hyper.load_state_dict(tensors)
@@ -121,10 +131,12 @@ def _build(record: dict[str, Any], path: str | Path) -> HyperSolver:
         part: record[part] and _MODULES[record[part]["class"]](**record[part]["arguments"])
         for part in _PARTS
     }
-    return HyperSolver(pool=_POOLS[record["pool"]], **parts)
+    hyper = HyperSolver(pool=_POOLS[record["pool"]], **parts)
+    return hyper.to(getattr(torch, record.get("dtype", "float32")))
 
 
-def _check_fit(hyper: HyperSolver, tensors: dict[str, Any]) -> None:
+def check_fit(hyper: HyperSolver, tensors: dict[str, Any]) -> None:
+    """ValueError unless ``tensors`` are a state dict of such a HyperSolver."""
     own = hyper.state_dict()
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]

@@ -54,8 +54,10 @@ class Anderson(Solver):
     nearly parallel.
 
     The least-squares problem is solved through its Gram matrix in double precision, with every
-    column scaled to length one, so that ``regularization`` means the same at every scale of f. A
-    sample whose system is singular all the same takes a plain step and starts its history again.
+    column scaled to length one, so that ``regularization`` means the same at every scale of f whose
+    squares the working precision can hold (in fp32 about 1e-18 to 1e18; beyond, steps become plain
+    ones). A sample whose system is singular all the same takes a plain step and starts its history
+    again.
 
     On a CPU a solver keeps the memory of histories above 32 MiB for its next solve.
 

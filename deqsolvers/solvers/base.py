@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,13 @@ class Solver(ABC):
     A solver knows nothing of stopping, statuses or autograd: `deqsolvers.fixed_point` owns those.
     To add a method, write these two functions; they see (B, features) matrices and must treat every
     row on its own. They must not write into their arguments.
+
+    Attributes:
+        explores: whether an iterate may be a probe, which is no answer, so that ``final="last"``
+            cannot return it.
     """
+
+    explores: bool = False
 
     @abstractmethod
     def init(self, z: Tensor, layout: Layout) -> Any:
@@ -49,8 +56,8 @@ class Solver(ABC):
 
 def check_fraction(name: str, value: float) -> float:
     """``value`` if it lies in (0, 1]; ValueError otherwise."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    if not isinstance(value, Real) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
     return float(value)
 
 
@@ -62,6 +69,6 @@ def check_solver(solver: object) -> None:
 
 def check_count(name: str, value: int, least: int = 1) -> int:
     """``value`` if it is an integer of at least ``least``; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return value
+    return int(value)

@@ -24,6 +24,7 @@ class _BroydenMemory(Memory):
     p: Tensor  # (B, memory) float64, u_j = p_j s_(j+1) + q_j s_j; both 0 for factors not in use
     q: Tensor
     buffers: Buffers
+    layout: Layout
     z: Tensor | None = None  # where the last step was taken from
     moved_to: Tensor | None = None  # where it led
     recorded: bool = field(default_factory=lambda: not may_overwrite())  # by autograd, say
@@ -72,6 +73,7 @@ class Broyden(Solver):
             p=square[:, 0].clone(),
             q=square[:, 0].clone(),
             buffers=Buffers(),
+            layout=layout,
         )
 
     @property
@@ -98,9 +100,13 @@ class Broyden(Solver):
     def _held(self, memory: _BroydenMemory, z: Tensor) -> Tensor | None:
         """(B,) which samples did not take the last step: the loop holds those that it has decided.
         None if all took it."""
-        if memory.z is None or z is memory.moved_to:
+        if memory.z is None or memory.moved_to is None or z is memory.moved_to:
             return None
-        return (z == memory.z).all(1)
+        target = memory.moved_to
+        if memory.layout.rounds:  # as the loop does
+            target = memory.layout.flatten(memory.layout.unflatten(target))
+        # One that was decided is first put back to its best iterate, and then stays there.
+        return (z == memory.z).all(1) | ~(z == target).all(1)
 
     def _clear(self, memory: _BroydenMemory) -> None:
         memory.steps.pushed = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from deqsolvers.buffers import Buffers
 from deqsolvers.hypersolver.initializers import (
@@ -36,7 +37,7 @@ class FittedOn:
 
     Attributes:
         f: class of the DEQ's f.
-        parameters: how many f has.
+        parameters: how many f has; 0 where f is no nn.Module.
         state: shape of each tensor of the state, without the batch.
         samples: training samples of the last epoch that had a reliable z*.
         epochs: that were run.
@@ -238,6 +239,7 @@ class HyperSolver(nn.Module, Solver):
         memory.mixed = direction = memory.g.combine(alpha, out=memory.buffers.like(g))
         if self.preconditioner is not None:
             layout = memory.layout
-            direction = layout.flatten(self.preconditioner(layout.unflatten(direction)))
+            residual = pytree.tree_map(lambda g: g.to(parameter.dtype), layout.unflatten(direction))
+            direction = layout.flatten(self.preconditioner(residual))
         scaled = torch.mul(beta.to(z.dtype), direction, out=memory.buffers.like(z))
         return memory.z.add_to(scaled, alpha, out=memory.buffers.like(z))

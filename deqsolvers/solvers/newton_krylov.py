@@ -71,6 +71,8 @@ class NewtonKrylov(Solver):
         of Walker & Zhou, "A simpler GMRES" (1994).
     """
 
+    explores = True
+
     def __init__(self, memory: int = 20):
         self.memory = check_count("memory", memory)
 
@@ -139,7 +141,10 @@ class NewtonKrylov(Solver):
         rest = torch.linalg.vector_norm(image, dim=1)
         # An image that is new by no more than its own error ends the Krylov space.
         new = probing & (rest > memory.epsilon * before) & (rest < torch.inf)
-        newest = torch.where(new.unsqueeze(1), image / rest.unsqueeze(1), 0.0)
+        # The quotient that is not taken must be finite too, or its gradient would be NaN.
+        newest = torch.where(
+            new.unsqueeze(1), image / torch.where(new, rest, 1.0).unsqueeze(1), 0.0
+        )
 
         place = memory.length.clamp_max(self.memory - 1)
         at_place = (torch.arange(self.memory, device=g.device) == place.unsqueeze(1)) & (
@@ -170,7 +175,7 @@ class NewtonKrylov(Solver):
         lower = size <= (1 - _SUFFICIENT * share) * point.size
         accepted = trying & (lower | plain)
         # The parabola through ||g||^2 at both ends, whose slope is -2 ||g||^2 for a Newton step.
-        ratio = (size / point.size).square()
+        ratio = (size / torch.where(point.size > 0, point.size, 1.0)).square()
         shorter = share / (ratio - 1 + 2 * share).clamp_min(1e-300) * share
         shorter = torch.where(shorter < torch.inf, shorter, 0.0)
         shorter = torch.maximum(torch.minimum(shorter, 0.5 * share), 0.1 * share)

@@ -97,7 +97,7 @@ def test_a_refused_in_place_map_leaves_the_callers_state_alone() -> None:
     [
         (torch.tensor(2.0), r"shape \(\); its first dimension must be the batch, 2"),
         (torch.zeros(3, 2), r"shape \(3, 2\); its first dimension must be the batch, 2"),
-        ({"deep": [torch.zeros(1, 5)]}, r"shape \(1, 5\).*Let f close over"),
+        ({"deep": [torch.zeros(1, 5)]}, r"shape \(1, 5\).*let f close over"),
     ],
 )
 def test_inputs_must_be_batch_first(value: Any, message: str) -> None:

@@ -130,7 +130,8 @@ def test_max_iter_counts_evaluations(name: str, max_iter: int, final: bool) -> N
     assert calls == max_iter
     assert info["abs_trace"].shape == (2, max_iter)
     assert bool((info["nstep"] <= max_iter).all())
-    assert bool((z != 0).all())
+    # The iterate of Newton-Krylov after one evaluation is a probe, which is no answer.
+    assert bool((z != 0).all()) == (max_iter > 1 or "newton" not in name)
 
 
 def test_picard_takes_the_steps_it_is_told() -> None:

@@ -16,13 +16,19 @@ from polypseg.data.folders import Pair
 # differs by far more.
 COLOUR_DIFFERENCE = 64
 COLOUR_FRACTION = 0.001
+# Of the depths that cameras and microscopes have, for files of more than 8 bits.
+LARGEST_VALUES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 15, 16))
+LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP")
+LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")  # within a TIFF file
+LISTED_VALUES = 8
 
 
 def read_image(path: Path | str) -> np.ndarray:
     """Read an image as RGB.
 
-    Grey, palette, CMYK, RGBA (alpha dropped) and 16-bit files (scaled to 8 bits) are converted; the
-    EXIF orientation is applied, so the array is what a viewer shows.
+    Grey, palette, CMYK, RGBA (alpha dropped) and 16-bit files are converted; the EXIF orientation
+    is applied, so the array is what a viewer shows. A grey 16-bit file is scaled to 8 bits from the
+    smallest depth of 8, 10, 12, 14, 15 and 16 bits that holds its largest value.
 
     Args:
         path: the image file.
@@ -33,15 +39,16 @@ def read_image(path: Path | str) -> np.ndarray:
     Raises:
         DataError: the file is missing, truncated, or not an image; the message names it.
     """
-    return np.array(_decode(Path(path)).convert("RGB"))
+    return np.array(_to_eight_bits(_decode(Path(path))).convert("RGB"))
 
 
 def read_mask(path: Path | str, classes: int = 1) -> np.ndarray:
     """Read a polyp mask as class numbers.
 
     With one class, a 1-bit mask is taken as it is, a mask whose largest value is 1 counts anything
-    above 0 as polyp, any other is cut at 128 of 255. With three, see `class_numbers`. The mask's
-    own EXIF orientation is applied, by the same rule as for images.
+    above 0 as polyp, any other is cut at 128 of 255. A 16-bit mask is scaled as `read_image` does;
+    if it holds one value above 255 and else only 0, that value is polyp. With three classes, see
+    `class_numbers`. The mask's own EXIF orientation is applied, by the same rule as for images.
 
     Args:
         path: the mask file.
@@ -51,19 +58,45 @@ def read_mask(path: Path | str, classes: int = 1) -> np.ndarray:
         (H, W) uint8; 1 = polyp, or 0, 1 and 2 with three classes.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, or painted in other colours than
-            its classes have.
+        DataError: the file is missing, truncated, not an image, painted in other colours than its
+            classes have, or, with one class and unless it is a JPEG or its like, has neither a
+            white pixel nor 1 for its largest value, though it is not all 0.
     """
     if classes == 1:
         return binarize(read_grey_mask(path))
     path = Path(path)
-    return class_numbers(_decode(path), path)
+    return class_numbers(_to_eight_bits(_decode(path)), path)
 
 
 def read_grey_mask(path: Path | str) -> np.ndarray:
     """Read a mask as the grey values it is stored with, (H, W) uint8; errors as `read_mask`."""
     path = Path(path)
     picture = _decode(path)
+    grey = _grey(picture, path)
+    # Any of these would be cut away as black. JPEG puts such values into an empty mask.
+    if 1 < grey.max(initial=0) < 128 and not _is_lossy(path):
+        stored = np.asarray(picture) if picture.mode.startswith("I") else grey
+        raise DataError(
+            [
+                Fault(
+                    path,
+                    f"mask is not black and white: it holds {_listed(np.unique(stored).tolist())}",
+                    "save it with the values 0 and 255, or 0 and 1; for masks of three classes "
+                    "set model.classes=3",
+                )
+            ]
+        )
+    return grey
+
+
+def _grey(picture: Image.Image, path: Path) -> np.ndarray:
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        white = int(values.max(initial=0))
+        if white > 255 and np.isin(values, (0, white)).all():
+            # Whatever the depth of such a mask is taken for, its one value is white.
+            return np.where(values == white, 255, 0).astype(np.uint8)
+        picture = _to_eight_bits(picture)
     if picture.mode in ("1", "L", "LA"):
         return np.array(picture.convert("L"))
     # Red or green would fall under the grey threshold and be lost in silence.
@@ -81,6 +114,20 @@ def read_grey_mask(path: Path | str) -> np.ndarray:
             ]
         )
     return np.array(picture.convert("L"))
+
+
+def _listed(values: list[int]) -> str:
+    if len(values) > LISTED_VALUES:
+        return f"{len(values)} values from {values[0]} to {values[-1]}"
+    if len(values) == 1:
+        return f"the value {values[0]} alone"
+    return f"the values {', '.join(map(str, values[:-1]))} and {values[-1]}"
+
+
+def _is_lossy(path: Path) -> bool:
+    with Image.open(path) as opened:
+        compression = opened.info.get("compression")
+        return opened.format in LOSSY_FORMATS or compression in LOSSY_COMPRESSIONS
 
 
 def binarize(grey: np.ndarray) -> np.ndarray:
@@ -122,7 +169,7 @@ def size_fault(pair: Pair, image_size: tuple[int, ...], mask_size: tuple[int, ..
 
 
 def _decode(path: Path) -> Image.Image:
-    """Decode all of a file, upright, in a mode that `convert` turns into 8 bits unclipped."""
+    """Decode all of a file, upright; `_to_eight_bits` has to come before `convert`."""
     if not path.is_file():
         raise DataError([Fault(path, "there is no such file", "check the path")])
     try:
@@ -142,13 +189,16 @@ def _decode(path: Path) -> Image.Image:
                 )
             ]
         )
-    return _to_eight_bits(picture) if picture.mode.startswith("I") else picture
+    return picture
 
 
 def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    """Scale a picture of more than 8 bits from the smallest known depth that holds its values."""
+    if not picture.mode.startswith("I"):
+        return picture
     # Pillow's own conversion clips 16-bit values at 255 instead of scaling them. Values that fit 8
     # bits are left alone: writers often store an 8-bit mask in a 16-bit file.
     values = np.asarray(picture).astype(np.int64)
-    if values.max(initial=0) > 255:
-        values = values // 257
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+    brightest = int(values.max(initial=0))
+    largest = next((value for value in LARGEST_VALUES if brightest <= value), LARGEST_VALUES[-1])
+    return Image.fromarray(np.clip(values * 255 // largest, 0, 255).astype(np.uint8))

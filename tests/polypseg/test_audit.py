@@ -53,6 +53,17 @@ def test_every_fault_is_found_at_once(write_pairs: Callable[..., Path]) -> None:
     ]
 
 
+def test_masks_of_class_numbers_and_of_sixteen_bits(write_pairs: Callable[..., Path]) -> None:
+    root = write_pairs(["numbers", "deep"])
+    save_mask(root, "numbers", np.tile([0, 0, 1, 2], (40, 15)))
+    path = root / "masks" / "deep.png"
+    Image.fromarray((np.asarray(Image.open(path)) > 0) * np.uint16(4095)).save(path)
+    (fault,) = audit_pairs(find_pairs(root))
+    assert (fault.path.name, fault.severity) == ("numbers.png", "error")
+    assert "the values 0, 1 and 2" in fault.problem
+    assert audit_pairs(find_pairs(root)[1:], classes=3) == []  # the remedy that it names
+
+
 @pytest.mark.parametrize("encoding", ["one-bit", "zero-one", "jpeg"])
 def test_valid_mask_encodings_pass(write_pairs: Callable[..., Path], encoding: str) -> None:
     root = write_pairs(["a"])

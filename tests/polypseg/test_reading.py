@@ -56,6 +56,59 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> Non
     np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}")[..., 0], expected)
 
 
+@pytest.mark.parametrize("bits", [10, 12, 14, 15, 16])
+def test_files_of_fewer_than_sixteen_bits_are_scaled_by_their_depth(
+    tmp_path: Path, bits: int
+) -> None:
+    white = 2**bits - 1
+    values = np.array([[0, white // 3, white // 2, white - 1, white]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    expected = np.floor(values / white * 255)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[..., 0], expected)
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), [[0, 0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize("white", [256, 257, 1000, 4095, 32767, 32768, 65535])
+def test_sixteen_bit_mask_of_two_values_needs_no_depth(tmp_path: Path, white: int) -> None:
+    truth = np.random.default_rng(2).random((9, 7)) > 0.6
+    for name, polyp in (("m.png", truth), ("m.tif", truth), ("full.png", np.ones((9, 7), bool))):
+        Image.fromarray(polyp.astype(np.uint16) * np.uint16(white)).save(tmp_path / name)
+        np.testing.assert_array_equal(read_mask(tmp_path / name), polyp)
+
+
+@pytest.mark.parametrize("brightest", [2, 3, 32, 33, 100, 127])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_mask_of_small_values_is_refused(tmp_path: Path, brightest: int, kind: type) -> None:
+    Image.fromarray(np.array([[0, 1, brightest]], kind)).save(tmp_path / "m.png")
+    held = rf"m\.png: mask .* holds the values 0, 1 and {brightest}; .*0 and 255, or 0 and 1"
+    with pytest.raises(DataError, match=rf"{held}.*model\.classes=3"):
+        read_mask(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif"])
+def test_other_lossless_masks_of_small_values_are_refused(tmp_path: Path, suffix: str) -> None:
+    values = np.tile(np.arange(20, dtype=np.uint8), (4, 1))
+    path = tmp_path / f"m.{suffix}"
+    Image.fromarray(values).save(path)
+    with pytest.raises(DataError, match=rf"m\.{suffix}: .* holds 20 values from 0 to 19;"):
+        read_mask(path)
+
+
+def test_sixteen_bit_mask_without_white_is_refused_by_its_stored_values(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 150, 300]], np.uint16)).save(tmp_path / "m.png")
+    with pytest.raises(DataError, match="holds the values 0, 150 and 300"):
+        read_mask(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "webp"])
+def test_noise_of_compression_in_an_empty_mask_is_no_fault(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"m.{suffix}"
+    options = {"compression": "jpeg"} if suffix == "tif" else {}
+    Image.fromarray(np.full((16, 16), 5, np.uint8)).save(path, **options)
+    assert 1 < np.asarray(Image.open(path)).max() < 128
+    assert not read_mask(path).any()
+
+
 def test_exif_orientation_turns_image_and_mask_alike(tmp_path: Path, colours: np.ndarray) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6  # the viewer turns it by 90 degrees clockwise

@@ -13,12 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from polypseg.checkpoint import write_atomic
-from polypseg.data import DataError, Fault, scan_pairs, test_folders
+from polypseg.data import Fault, scan_pairs
 from polypseg.data.audit import Inspection, inspect_pairs
 from polypseg.data.duplicates import Duplicate, find_duplicates
+from polypseg.data.splits import scan_test_folders
 
 PROGRAM = "polypseg-check"
 TRAIN = "TrainDataset"
+TEST = "TestDataset"
 STDOUT = Path("-")
 
 
@@ -61,11 +63,8 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     faults: list[Fault] = []
     folders: dict[str, Path] = {}
     for root in roots:
-        try:
-            found = _groups(root)
-        except DataError as error:
-            faults.extend(error.faults)
-            continue
+        found, unsound = _groups(root)
+        faults.extend(unsound)
         for name, folder in found.items():
             folders[name if name not in folders else str(folder)] = folder
     pairs = {}
@@ -92,14 +91,16 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     return Check(folders, inspections, faults, duplicates)
 
 
-def _groups(root: Path) -> dict[str, Path]:
-    """The folders of pairs below a root, by name; a lone folder goes by its own."""
+def _groups(root: Path) -> tuple[dict[str, Path], list[Fault]]:
+    """The folders of pairs below a root, by name, and faults; a lone folder goes by its own."""
     found = {}
+    faults: list[Fault] = []
     if (root / TRAIN).is_dir():
         found[TRAIN] = root / TRAIN
-    if (root / "TestDataset").is_dir():
-        found.update({f"TestDataset/{name}": path for name, path in test_folders(root).items()})
-    return found or {root.resolve().name: root}
+    if (root / TEST).is_dir():
+        tests, faults = scan_test_folders(root)
+        found.update({f"{TEST}/{name}": path for name, path in tests.items()})
+    return (found, faults) if found or faults else ({root.resolve().name: root}, [])
 
 
 def across(found: Duplicate) -> bool:

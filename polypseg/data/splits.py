@@ -140,10 +140,21 @@ def test_folders(root: Path) -> dict[str, Path]:
         DataError: there is no `TestDataset`, nothing in it, or a folder in it lacks its images or
             masks.
     """
+    folders, faults = scan_test_folders(root)
+    if faults:
+        raise DataError(faults)
+    return folders
+
+
+test_folders.__test__ = False  # type: ignore[attr-defined]  # its name makes pytest take it for a test
+
+
+def scan_test_folders(root: Path) -> tuple[dict[str, Path], list[Fault]]:
+    """The sound test sets of a folder, as `test_folders`, and all that is wrong with the others."""
     parent = Path(root) / "TestDataset"
     remedy = "put each test set in TestDataset/<NAME>/{images,masks}"
     if not parent.is_dir():
-        raise DataError([Fault(parent, "there is no such folder", remedy)])
+        return {}, [Fault(parent, "there is no such folder", remedy)]
     faults: list[Fault] = []
     folders: dict[str, Path] = {}
     entries = (
@@ -154,15 +165,11 @@ def test_folders(root: Path) -> dict[str, Path]:
             pair_folders(folder)
         except DataError as error:
             faults.extend(error.faults)
-        folders[folder.name] = folder
-    if not folders:
+        else:
+            folders[folder.name] = folder
+    if not folders and not faults:
         faults.append(Fault(parent, "holds no test set", remedy))
-    if faults:
-        raise DataError(faults)
-    return folders
-
-
-test_folders.__test__ = False  # type: ignore[attr-defined]  # its name makes pytest take it for a test
+    return folders, faults
 
 
 def neopolyp_split(pairs: Sequence[Pair]) -> Split:

@@ -69,6 +69,21 @@ def test_every_fault_of_every_folder_is_named_at_once(data, tmp_path, capsys):
     assert record["groups"]["TrainDataset"]["empty_masks"] == 1
 
 
+def test_a_test_folder_that_cannot_be_used_hides_no_other(data):
+    train, test = data / "TrainDataset", data / "TestDataset"
+    first = sorted((train / "masks").iterdir())[0]
+    first.unlink()
+    for name in ("Early", "Late"):
+        (test / name / "images").mkdir(parents=True)
+    check = check_folders([data])
+    assert list(check.inspections) == ["TrainDataset", "TestDataset/Synthetic"]
+    assert [(fault.path, fault.problem) for fault in check.faults] == [
+        (test / "Early", "holds no `masks` or `mask` folder"),
+        (test / "Late", "holds no `masks` or `mask` folder"),
+        (train / "images" / f"{first.stem}.jpg", "image without mask"),
+    ]
+
+
 def test_json_alone_goes_to_standard_output(data, capsys):
     assert cli.check([str(data), "--json", "-"]) == 0
     record = json.loads(capsys.readouterr().out)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -22,6 +22,7 @@ PROGRAM = "polypseg-check"
 TRAIN = "TrainDataset"
 TEST = "TestDataset"
 STDOUT = Path("-")
+Role = Literal["training", "test", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ class Check:
 
     Attributes:
         folders: by name of the group, for example "TrainDataset" and "TestDataset/Kvasir".
+        roles: by the same names; "unknown" of a lone folder that neither is `TrainDataset` nor lies
+            in `TestDataset`.
         inspections: every pair of each group.
         faults: all that is wrong, duplicates among it.
         duplicates: images that occur twice, within and across groups.
     """
 
     folders: dict[str, Path]
+    roles: dict[str, Role]
     inspections: dict[str, list[Inspection]]
     faults: list[Fault]
     duplicates: list[Duplicate]
@@ -44,6 +48,10 @@ class Check:
     def errors(self) -> int:
         """How many faults keep the data from being used as they are."""
         return sum(fault.severity == "error" for fault in self.faults)
+
+    def across(self, found: Duplicate) -> bool:
+        """Whether one of the two is a training and the other a test image."""
+        return _roles(found, self.roles) == {"training", "test"}
 
 
 def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = False) -> Check:
@@ -58,7 +66,8 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     Returns:
         Errors are files that cannot be paired, decoded or used (see `audit_pairs`) and images that
         occur with the same pixels both in a training and in a test folder. Warnings are empty and
-        full masks, other duplicates, and near-duplicates.
+        full masks, other duplicates, and near-duplicates. A folder whose name another root has
+        used goes by its path.
     """
     faults: list[Fault] = []
     folders: dict[str, Path] = {}
@@ -67,6 +76,7 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
         faults.extend(unsound)
         for name, folder in found.items():
             folders[name if name not in folders else str(folder)] = folder
+    roles = {name: _role(folder) for name, folder in folders.items()}
     pairs = {}
     for name, folder in folders.items():
         pairs[name], unpaired = scan_pairs(folder)
@@ -86,9 +96,10 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     duplicates = find_duplicates(
         {name: [one.fingerprint for one in group] for name, group in inspections.items()}
     )
-    duplicates.sort(key=lambda found: not across(found))  # stable: those that matter come first
-    faults += [_duplicate_fault(found, inspections) for found in duplicates]
-    return Check(folders, inspections, faults, duplicates)
+    check = Check(folders, roles, inspections, faults, duplicates)
+    duplicates.sort(key=lambda found: not check.across(found))  # stable: what matters comes first
+    faults += [_duplicate_fault(found, check) for found in duplicates]
+    return check
 
 
 def _groups(root: Path) -> tuple[dict[str, Path], list[Fault]]:
@@ -103,26 +114,33 @@ def _groups(root: Path) -> tuple[dict[str, Path], list[Fault]]:
     return (found, faults) if found or faults else ({root.resolve().name: root}, [])
 
 
-def across(found: Duplicate) -> bool:
-    """Whether one of the two is a training and the other a test image."""
-    return (found.first[0] == TRAIN) != (found.second[0] == TRAIN)
+def _role(folder: Path) -> Role:
+    path = folder.resolve()
+    if path.name == TRAIN:
+        return "training"
+    return "test" if path.parent.name == TEST else "unknown"
 
 
-def _duplicate_fault(found: Duplicate, inspections: dict[str, list[Inspection]]) -> Fault:
+def _roles(found: Duplicate, roles: dict[str, Role]) -> set[Role]:
+    return {roles[found.first[0]], roles[found.second[0]]}
+
+
+def _duplicate_fault(found: Duplicate, check: Check) -> Fault:
     (group, index), (other_group, other_index) = found.first, found.second
-    first, second = inspections[group][index].pair, inspections[other_group][other_index].pair
+    first = check.inspections[group][index].pair
+    second = check.inspections[other_group][other_index].pair
     likeness = (
         "has the same pixels as"
         if found.kind == "exact"
         else f"looks nearly the same ({1 - found.distance:.0%} of its hash) as"
     )
     problem = f"{likeness} {second.image}"
-    if across(found):
+    if check.across(found):
         problem += ", one being a training and one a test image"
         remedy = "take one of them out of its set, or say so beside every figure"
     else:
         remedy = "keep one of them, unless both are meant to count"
-    error = across(found) and found.kind == "exact"
+    error = check.across(found) and found.kind == "exact"
     return Fault(first.image, problem, remedy, "error" if error else "warning")
 
 
@@ -134,7 +152,11 @@ def as_json(check: Check) -> dict[str, Any]:
         "errors": check.errors,
         "warnings": len(check.faults) - check.errors,
         "groups": {
-            name: {"folder": str(folder), **_statistics(check.inspections[name])}
+            name: {
+                "folder": str(folder),
+                "role": check.roles[name],
+                **_statistics(check.inspections[name]),
+            }
             for name, folder in check.folders.items()
         },
         "faults": [
@@ -150,7 +172,7 @@ def as_json(check: Check) -> dict[str, Any]:
             {
                 "kind": found.kind,
                 "distance": found.distance,
-                "across_train_and_test": across(found),
+                "across_train_and_test": check.across(found),
                 "files": [
                     str(check.inspections[group][index].pair.image)
                     for group, index in (found.first, found.second)
@@ -193,17 +215,27 @@ def as_text(check: Check) -> str:
             text += f", polyp on {known['polyp_share_median']:.1%} of an image (median)"
         lines.append(text)
     if check.duplicates:
-        tested = {
-            place for found in check.duplicates if across(found)
-            for place in (found.first, found.second) if place[0] != TRAIN
-        }  # fmt: skip
-        lines.append(
-            f"{len(check.duplicates)} pairs of images are the same or nearly so; {len(tested)} "
-            "test images have a twin among the training images"
-        )
+        lines.append(_twins(check))
     warnings = len(check.faults) - check.errors
     lines.append(f"{check.errors} errors, {warnings} warnings")
     return "\n".join(lines)
+
+
+def _twins(check: Check) -> str:
+    text = f"{len(check.duplicates)} pairs of images are the same or nearly so"
+    tested = {
+        place for found in check.duplicates if check.across(found)
+        for place in (found.first, found.second) if check.roles[place[0]] == "test"
+    }  # fmt: skip
+    if {"training", "test"} <= set(check.roles.values()):
+        text += f"; {len(tested)} test images have a twin among the training images"
+    unknown = [name for name, role in check.roles.items() if role == "unknown"]
+    if unknown and len(check.roles) > 1:
+        text += (
+            f"; it is unknown whether {', '.join(unknown)} are for training or for test: only "
+            f"{TRAIN} and the folders of {TEST} say so by their names"
+        )
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:

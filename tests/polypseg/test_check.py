@@ -108,6 +108,47 @@ def test_duplicates_within_and_across_train_and_test(data, capsys):
     assert [(found.kind, found.distance) for found in check.duplicates] == [("exact", 0.0)] * 2
 
 
+def copy_pair(source: Path, target: Path, stem: str) -> None:
+    for kind, suffix in (("images", "jpg"), ("masks", "png")):
+        (target / kind).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / kind / f"{stem}.{suffix}", target / kind)
+
+
+def test_training_images_of_two_roots_are_no_test_images(data, tmp_path, capsys):
+    train = data / "TrainDataset"
+    stems = sorted(path.stem for path in (train / "images").iterdir())
+    other = tmp_path / "other" / "TrainDataset"
+    copy_pair(train, other, stems[0])
+    assert cli.check([str(data), str(other.parent), "--json", str(tmp_path / "a.json")]) == 0
+    text = capsys.readouterr().out
+    assert "one being a training" not in text
+    assert "; 0 test images have a twin among the training images" in text
+    record = json.loads((tmp_path / "a.json").read_text())
+    roles = [group["role"] for group in record["groups"].values()]
+    assert roles == ["training", "test", "training"]
+    # One of the test images lies in the second training set.
+    test = data / "TestDataset" / "Synthetic"
+    stem = sorted(path.stem for path in (test / "images").iterdir())[0]
+    copy_pair(test, other, stem)
+    assert cli.check([str(data), str(other.parent)]) == 1
+    text = capsys.readouterr().out
+    assert f"{stem}.jpg, one being a training and one a test image" in text
+    assert "; 1 test images have a twin among the training images" in text
+
+
+def test_the_role_of_a_lone_folder_is_told_by_its_name_or_not_at_all(data, tmp_path, capsys):
+    train, test = data / "TrainDataset", data / "TestDataset" / "Synthetic"
+    stem = sorted(path.stem for path in (train / "images").iterdir())[0]
+    copy_pair(train, test, stem)
+    assert cli.check([str(train), str(test)]) == 1
+    assert "; 1 test images have a twin among the training" in capsys.readouterr().out
+    one, two = (Path(shutil.copytree(f, tmp_path / n)) for f, n in ((train, "tr"), (test, "te")))
+    assert cli.check([str(one), str(two)]) == 0
+    text = capsys.readouterr().out
+    assert "have a twin" not in text
+    assert "unknown whether tr, te are for training or for test" in text
+
+
 def test_copies_that_were_scaled_compressed_or_brightened_are_near(real_data):
     folder = real_data / "TestDataset" / "Kvasir" / "images"
     images = [read_image(path) for path in sorted(folder.iterdir())[:12]]

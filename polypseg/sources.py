@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +25,14 @@ def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], 
         # Masks that a person drew may lie there under the very names that would be written.
         remedy = "give a new folder, so that nothing in it is overwritten"
         faults.append(Fault(out, "exists and is not an empty folder", remedy))
-    files: dict[Path, Path] = {}  # by resolved path: sources may overlap
+    files: dict[Path, Path] = {}  # by absolute path: sources may overlap
     videos: dict[Path, Path] = {}
     for source in sources:
         found = _videos(source)
-        videos.update((video.resolve(), video) for video in found)
+        videos.update((_absolute(video), video) for video in found)
         try:
             if not Path(source).is_file() or not found:
-                files.update((file.resolve(), file) for file in list_images(source))
+                files.update((_absolute(file), file) for file in list_images(source))
         except DataError as error:
             if not found:
                 faults.extend(error.faults)
@@ -63,6 +64,11 @@ def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], 
     if faults:
         raise DataError(faults)
     return list(files.values()), list(videos.values())
+
+
+def _absolute(path: Path) -> Path:
+    """The path without `..`; links are kept, two links to one file being two names for a result."""
+    return Path(os.path.abspath(path))
 
 
 def _videos(source: Path | str) -> list[Path]:

@@ -96,6 +96,19 @@ def test_sources_may_be_patterns_and_may_overlap(tiny_run, images, tmp_path):
     assert sorted(Path(row.file).name for row in rows) == ["a photo.jpg", "grey.png", "turned.jpg"]
 
 
+def test_every_link_to_one_image_is_predicted(tiny_run, images, tmp_path):
+    folder = tmp_path / "links"
+    folder.mkdir()
+    for name in ("one.png", "two.png"):
+        (folder / name).symlink_to(images / "grey.png")
+    predictor = Predictor.from_run(tiny_run, "explicit")
+    sources = [folder, folder / ".." / "links" / "one.png"]
+    rows = predict_files(predictor, sources, tmp_path / "out").images
+    assert [Path(row.file).name for row in rows] == ["one.png", "two.png"]
+    masks = {path.name: path.read_bytes() for path in (tmp_path / "out" / "masks").iterdir()}
+    assert masks["one.png"] == masks["two.png"]
+
+
 def test_all_that_is_wrong_is_named_and_nothing_is_written(tiny_run, images, tmp_path, capsys):
     (images / "broken.png").write_bytes(b"no picture")
     (images / "short.jpg").write_bytes((images / "a photo.jpg").read_bytes()[:400])

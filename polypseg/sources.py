@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +13,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from polypseg.data import DataError, Fault, list_images, read_image
-from polypseg.data.folders import natural_key
+from polypseg.data.folders import IMAGE_SUFFIXES, natural_key
 from polypseg.video import VIDEO_SUFFIXES, check_video
 
 READING_THREADS = 4
+PRINTED_NAMES = 10
 
 
 def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], list[Path]]:
-    """Every image and every video once, all of them readable and with stems of their own."""
+    """Every image and every video once, all of them readable and with stems of their own.
+
+    A line on stderr names what lies beside them and is neither.
+    """
     faults: list[Fault] = []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         # Masks that a person drew may lie there under the very names that would be written.
@@ -27,9 +32,11 @@ def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], 
         faults.append(Fault(out, "exists and is not an empty folder", remedy))
     files: dict[Path, Path] = {}  # by absolute path: sources may overlap
     videos: dict[Path, Path] = {}
+    left_out: dict[Path, Path] = {}
     for source in sources:
         found = _videos(source)
         videos.update((_absolute(video), video) for video in found)
+        left_out.update((_absolute(other), other) for other in _others(source))
         try:
             if not Path(source).is_file() or not found:
                 files.update((_absolute(file), file) for file in list_images(source))
@@ -63,6 +70,8 @@ def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], 
             faults.extend(problems)
     if faults:
         raise DataError(faults)
+    if left_out:
+        _tell_left_out(list(left_out.values()))
     return list(files.values()), list(videos.values())
 
 
@@ -71,8 +80,8 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def _videos(source: Path | str) -> list[Path]:
-    """The videos that a person names: a file, those of a folder or those of a pattern."""
+def _named(source: Path | str) -> list[Path]:
+    """What a person names: a file, all that is in a folder or all that a pattern matches."""
     path = Path(source)
     if path.is_dir():
         found = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
@@ -80,9 +89,33 @@ def _videos(source: Path | str) -> list[Path]:
         found = [path]
     else:
         found = [Path(match) for match in glob.glob(str(source), recursive=True)]
-    return sorted(
-        (file for file in found if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()),
-        key=lambda file: natural_key(str(file)),
+    return sorted(found, key=lambda file: natural_key(str(file)))
+
+
+def _videos(source: Path | str) -> list[Path]:
+    """The videos among what a person names."""
+    return [
+        file for file in _named(source) if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()
+    ]
+
+
+def _others(source: Path | str) -> list[Path]:
+    """Files of other types among what a person names, and links that lead nowhere."""
+    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    return [
+        file
+        for file in _named(source)
+        if not file.is_dir() and not (file.is_file() and file.suffix.lower() in known)
+    ]
+
+
+def _tell_left_out(files: Sequence[Path]) -> None:
+    names = ", ".join(str(file) for file in files[:PRINTED_NAMES])
+    more = len(files) - PRINTED_NAMES
+    names += f" and {more} more" if more > 0 else ""
+    print(
+        f"warning: left out, as neither image nor video by name, or links to nothing: {names}",
+        file=sys.stderr,
     )
 
 

@@ -109,6 +109,21 @@ def test_every_link_to_one_image_is_predicted(tiny_run, images, tmp_path):
     assert masks["one.png"] == masks["two.png"]
 
 
+def test_what_is_left_out_of_a_folder_is_named_on_one_line(tiny_run, images, tmp_path, capsys):
+    Image.new("L", (8, 8)).save(images / "skipped.gif")
+    (images / "scan.dcm").write_bytes(b"DICM")
+    (images / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (images / ".hidden").write_bytes(b"")
+    (images / "folder.png").mkdir()
+    arguments = [str(images), f"{images}/*g*", "--run", str(tiny_run), "--out"]
+    assert cli.predict([*arguments, str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert "Images: 3," in captured.out
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("warning:")]
+    names = ", ".join(str(images / name) for name in ("gone.png", "scan.dcm", "skipped.gif"))
+    assert line.endswith(f": {names}")
+
+
 def test_all_that_is_wrong_is_named_and_nothing_is_written(tiny_run, images, tmp_path, capsys):
     (images / "broken.png").write_bytes(b"no picture")
     (images / "short.jpg").write_bytes((images / "a photo.jpg").read_bytes()[:400])

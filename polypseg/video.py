@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ def predict_video(predictor: Predictor, path: Path, out: Path) -> tuple[list[Fra
     Written are `masks/<stem>/<frame>.png` (as for images, at the video's own size),
     `overlays/<stem>.mp4` (the outline in yellow) and `videos/<stem>.csv` with a row per frame.
 
-    A frame whose warm-started solve fails is solved again from scratch.
+    A frame whose warm-started solve fails is solved again from scratch. A file that announces more
+    frames than it gives is named on stderr.
 
     Raises:
         DataError: the file is no video that can be decoded.
@@ -129,6 +131,12 @@ def predict_video(predictor: Predictor, path: Path, out: Path) -> tuple[list[Fra
                 write(overlay_labels(image, labels, classes))
                 rows.append(_row(number, number / rate, frame.result, cold))
     write_atomic(out / "videos" / f"{path.stem}.csv", to_csv(rows, FrameRow))
+    if len(rows) < count:
+        print(
+            f"warning: {path}: announces {count} frames, but only {len(rows)} could be decoded; "
+            "compare it with its original, it may have been cut short",
+            file=sys.stderr,
+        )
     return rows, saving(rows)
 
 

@@ -115,6 +115,24 @@ def test_broken_videos_are_named_with_everything_else(tiny_run, video, tmp_path,
         check_video(tmp_path / "nothing.mp4")
 
 
+def test_a_video_that_was_cut_is_told(tiny_run, frames, tmp_path, capsys):
+    path = tmp_path / "scope.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 20.0, (120, 80))
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
+    arguments = [str(path), "--run", str(tiny_run), "--solver", "explicit", "--out"]
+    assert cli.predict([*arguments, str(tmp_path / "whole")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    whole = path.read_bytes()
+    # The frames of this container are whole JPEG files, one after the other.
+    end = [i for i in range(len(whole)) if whole.startswith(b"\xff\xd8\xff", i)][9]
+    path.write_bytes(whole[:end])
+    assert cli.predict([*arguments, str(tmp_path / "cut")]) == 0
+    error = capsys.readouterr().err
+    assert f"warning: {path}: announces {FRAMES} frames, but only 9 could be decoded" in error
+
+
 def test_images_and_videos_are_found_side_by_side(tiny_run, video, frames, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()

@@ -99,7 +99,8 @@ def predict_video(predictor: Predictor, path: Path, out: Path) -> tuple[list[Fra
     """Segment every frame of a video and write what was found.
 
     Written are `masks/<stem>/<frame>.png` (as for images, at the video's own size),
-    `overlays/<stem>.mp4` (the outline in yellow) and `videos/<stem>.csv` with a row per frame.
+    `overlays/<stem>.mp4` (the outline in yellow; sides of odd length are a pixel longer, for MP4
+    has even ones) and `videos/<stem>.csv` with a row per frame.
 
     A frame whose warm-started solve fails is solved again from scratch. A file that announces more
     frames than it gives is named on stderr.
@@ -204,14 +205,24 @@ def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
 def _writer(
     path: Path, rate: float, size: tuple[int, int]
 ) -> Iterator[Callable[[np.ndarray], object]]:
-    """Write RGB frames to an MP4 file that gets its name once it is whole."""
+    """Write RGB frames to an MP4 file that gets its name once it is whole.
+
+    The encoder would cut the last column or row off an odd side; it is written twice instead.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+    right, below = size[0] % 2, size[1] % 2
+    even = (size[0] + right, size[1] + below)
+    writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*"mp4v"), rate, even)
     if not writer.isOpened():
         raise OSError(f"{path}: this installation of OpenCV cannot write MP4 videos")
+
+    def write(image: np.ndarray) -> None:
+        frame = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        writer.write(cv2.copyMakeBorder(frame, 0, below, 0, right, cv2.BORDER_REPLICATE))
+
     try:
-        yield lambda image: writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        yield write
         writer.release()
         partial.rename(path)
     finally:

@@ -133,6 +133,31 @@ def test_a_video_that_was_cut_is_told(tiny_run, frames, tmp_path, capsys):
     assert f"warning: {path}: announces {FRAMES} frames, but only 9 could be decoded" in error
 
 
+def test_overlays_of_odd_sizes_lose_no_pixel(tiny_run, tmp_path):
+    path = tmp_path / "odd.avi"
+    # FFmpeg's encoders would cut the frames already here.
+    code = cv2.VideoWriter.fourcc(*"MJPG")
+    writer = cv2.VideoWriter(str(path), cv2.CAP_OPENCV_MJPEG, code, 20.0, (75, 51))
+    picture = np.zeros((51, 75, 3), np.uint8)
+    picture[-1], picture[:, -1] = 255, 255
+    for _ in range(3):
+        writer.write(picture)
+    writer.release()
+    predict_video(Predictor.from_run(tiny_run, "explicit"), path, tmp_path / "out")
+    mask = np.asarray(Image.open(tmp_path / "out" / "masks" / "odd" / "000000.png"))
+    assert mask.shape == (51, 75)
+    drawn = cv2.VideoCapture(str(tmp_path / "out" / "overlays" / "odd.mp4"))
+    try:
+        frame = drawn.read()[1]
+    finally:
+        drawn.release()
+    assert frame.shape == (52, 76, 3)
+    # The last row and column are white, or yellow where they are outlined.
+    assert frame[-1, :, 1].min() > 128
+    assert frame[:, -1, 1].min() > 128
+    assert np.median(frame[10:40, 10:60, 1]) < 128
+
+
 def test_images_and_videos_are_found_side_by_side(tiny_run, video, frames, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()

@@ -25,7 +25,7 @@ from polypseg.scores import (
     summarise,
     text_table,
 )
-from polypseg.solver_arguments import add_solver_arguments
+from polypseg.solver_arguments import add_solver_arguments, check_solver_arguments
 from polypseg.testsets import NOTES, audit_test_sets, find_test_sets
 
 WARM_UP = 2
@@ -130,7 +130,8 @@ def evaluate_run(
         DataError: images or masks cannot be used, or `out` holds something else. Nothing is written
             then, and neither with any other error before the last image.
         CheckpointError: the run is missing, damaged or lacks weights for a solver.
-        ValueError: a solver or protocol is unknown or an option out of range.
+        ValueError: a solver or protocol is unknown, an option out of range, or ``tol`` or
+            ``max_steps`` given to the explicit pass alone.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, got {limit}")
@@ -138,6 +139,7 @@ def evaluate_run(
     check_protocols(protocols, 1)
     out = run / EVALUATION if out is None else out
     names = available_solvers(run) if solvers is None else list(dict.fromkeys(solvers))
+    check_solver_arguments(names, tol, max_steps)
     earlier = earlier_files(out)
     predictors = {
         name: Predictor.from_run(run, name, tol=tol, max_steps=max_steps, device=device)

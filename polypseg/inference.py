@@ -49,12 +49,16 @@ def load_model(
             ``max_steps`` evaluations, and with one it goes on with Anderson where it stalls.
 
     Raises:
-        ValueError: an unknown solver.
+        ValueError: an unknown solver, or a ``tol`` that the start of a solve already meets.
         CheckpointError: the directory is no run, or has not reached the phase that the solver
             needs.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if tol is not None and not 0 <= tol < 1:
+        raise ValueError(
+            f"tol must be at least 0 and below 1, the relative residual of the start, got {tol!r}"
+        )
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: not a run of polypseg-train (it has no config.yaml)")
     config = load_run_config(run / "config.yaml")

@@ -21,7 +21,7 @@ from polypseg.predictor import Predictor, available_solvers
 from polypseg.released import released_run
 from polypseg.runs import versions
 from polypseg.scores import json_values, to_csv
-from polypseg.solver_arguments import add_solver_arguments
+from polypseg.solver_arguments import add_solver_arguments, check_solver_arguments
 from polypseg.sources import find_sources
 from polypseg.video import FrameRow, Saving, predict_video
 
@@ -182,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     run = released_run() if options.run is None else options.run
     solver = available_solvers(run)[-1] if options.solver is None else options.solver
+    check_solver_arguments([solver], options.tol, options.max_steps)
     predictor = Predictor.from_run(
         run, solver, tol=options.tol, max_steps=options.max_steps, device=options.device
     )

@@ -274,6 +274,11 @@ def test_runs_and_options_that_cannot_work_are_refused(tiny_run, test_set, tmp_p
         ([str(tiny_run), *data, "--protocols", "default,median"], "got 'median'"),
         ([str(tiny_run), *data, "--limit", "0"], "limit must be at least 1 image, got 0"),
         ([str(tiny_run), *data, "--tol", "-1"], "tol must be"),
+        ([str(tiny_run), *data, "--tol", "inf"], "tol must be at least 0 and below 1"),
+        (
+            [str(tiny_run), *data, "--solvers", "explicit", "--tol", "1e-3"],
+            "tol cannot be set here: the explicit pass",
+        ),
         ([str(tiny_run), *data, "--device", "warp"], "device 'warp' cannot be used"),
     ):
         assert cli.evaluate(arguments) == 1

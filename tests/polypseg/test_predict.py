@@ -177,6 +177,33 @@ def test_a_run_or_solver_that_is_not_there_is_refused(tiny_run, images, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("tol", ["inf", "nan", "1", "-1e-3"])
+@pytest.mark.parametrize("solver", ["anderson", "hyper"])
+def test_a_tolerance_that_the_start_meets_is_refused(
+    tiny_run, images, tmp_path, capsys, tol, solver
+):
+    out = tmp_path / "out"
+    arguments = [str(images), "--run", str(tiny_run), "--out", str(out), "--solver", solver]
+    assert cli.predict([*arguments, f"--tol={tol}"]) == 1
+    message = capsys.readouterr().err
+    assert "tol must be at least 0 and below 1" in message
+    assert message.endswith(f"got {float(tol)}\n")
+    assert not out.exists()
+
+
+def test_solver_options_of_the_explicit_pass_are_refused(tiny_run, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [str(images), "--run", str(tiny_run), "--out", str(out), "--solver", "explicit"]
+    for given, named in (
+        (["--tol", "1e-3"], "tol cannot"),
+        (["--max-steps", "9"], "max_steps cannot"),
+        (["--tol", "1e-3", "--max-steps", "9"], "tol and max_steps cannot"),
+    ):
+        assert cli.predict([*arguments, *given]) == 1
+        assert f"error: {named} be set here: the explicit pass" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_weights_of_another_network_are_refused(copy_run, images, tmp_path, capsys):
     run = copy_run()
     shutil.copy(run / "hyper.safetensors", run / "implicit.safetensors")

@@ -37,7 +37,8 @@ def read_image(path: Path | str) -> np.ndarray:
         (H, W, 3) uint8.
 
     Raises:
-        DataError: the file is missing, truncated, or not an image; the message names it.
+        DataError: the file is missing, truncated, too large, or not an image; the message names
+            it.
     """
     return np.array(_to_eight_bits(_decode(Path(path))).convert("RGB"))
 
@@ -58,9 +59,9 @@ def read_mask(path: Path | str, classes: int = 1) -> np.ndarray:
         (H, W) uint8; 1 = polyp, or 0, 1 and 2 with three classes.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, painted in other colours than its
-            classes have, or, with one class and unless it is a JPEG or its like, has neither a
-            white pixel nor 1 for its largest value, though it is not all 0.
+        DataError: the file is missing, truncated, too large, not an image, painted in other colours
+            than its classes have, or, with one class and unless it is a JPEG or its like, has
+            neither a white pixel nor 1 for its largest value, though it is not all 0.
     """
     if classes == 1:
         return binarize(read_grey_mask(path))
@@ -177,8 +178,12 @@ def _decode(path: Path) -> Image.Image:
             picture = ImageOps.exif_transpose(opened)
             picture.load()
     except Exception as error:  # on damaged bytes decoders raise almost anything, even SyntaxError
+        remedy = "replace it by an intact image file"
+        if isinstance(error, Image.DecompressionBombError):
+            # Pillow refuses what has more than twice its limit.
+            remedy = f"make it smaller, at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
         problem = f"cannot be decoded ({type(error).__name__}: {error})"
-        raise DataError([Fault(path, problem, "replace it by an intact image file")]) from error
+        raise DataError([Fault(path, problem, remedy)]) from error
     if picture.mode == "F":
         raise DataError(
             [

@@ -192,6 +192,17 @@ def test_missing_file_text_file_and_float_file(tmp_path: Path) -> None:
         read_image(tmp_path / "float.tif")
 
 
+def test_image_of_too_many_pixels_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "slide.png"
+    Image.new("1", (14_000, 13_500)).save(path)  # 189 megapixels
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=r"slide\.png: cannot be decoded") as caught:
+            read(path)
+        assert "189000000 pixels" in str(caught.value)
+        (fault,) = caught.value.faults
+        assert fault.remedy == "make it smaller, at most 178956970 pixels"
+
+
 def test_pair_names_both_bad_files_and_a_size_mismatch(tmp_path: Path) -> None:
     pair = Pair("a", tmp_path / "a.jpg", tmp_path / "a.png")
     with pytest.raises(DataError) as caught:

@@ -14,6 +14,8 @@ import torch
 import yaml
 
 from polypseg.config import make_config
+from polypseg.scores import TABLE_HEADER
+from polypseg.validation import CONVERGED
 from tests.docs.pages import PAGES, ROOT, blocks, name
 
 try:
@@ -79,6 +81,29 @@ def test_command_lines_are_right(page: Path) -> None:
                 words.pop(0)
             if words:
                 check_command(words, f"{block}: {line}")
+
+
+@pytest.mark.parametrize("page", with_blocks("sh"))
+def test_no_two_predictions_of_a_page_go_to_one_folder(page: Path) -> None:
+    """The second would be refused."""
+    folders = []
+    for block in blocks(page, "sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["polypseg-predict"]:
+                folders.append(
+                    words[words.index("--out") + 1] if "--out" in words else "predictions"
+                )
+    for block in blocks(page, "python"):
+        folders += re.findall(r"predict_files\(.*Path\(\"(\w+)\"\)\)", block.text)
+    assert len(folders) == len(set(folders))
+
+
+def test_the_guide_names_the_column_of_small_residuals_as_printed() -> None:
+    page = (ROOT / "docs" / "polypseg" / "results.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if "converged_share" in line]
+    assert [row[1].strip() for row in rows] == [TABLE_HEADER[-1]]
+    assert float(re.search(r"at most ([\d.e-]+)", rows[0][2])[1]) == CONVERGED
 
 
 def check_command(words: list[str], where: str) -> None:

@@ -65,9 +65,7 @@ def _train_network(run: Run, phase: str, model: SegmentationModel, settings: Pha
         objective = DistributedDataParallel(objective)
     # Gradients of fp16 underflow unless they are scaled; the others need no scale.
     scaler = torch.amp.GradScaler(run.device.type, enabled=settings.precision == "fp16")
-    average = AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
-    )
+    average = WeightAverage(model, settings.ema)
     averaged = cast(SegmentationModel, average.module)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr)
     dataset = run.training_data()
@@ -195,6 +193,26 @@ def _train_network(run: Run, phase: str, model: SegmentationModel, settings: Pha
     if processes.first:
         run.save(phase, averaged)
     processes.wait()
+
+
+class WeightAverage(AveragedModel):
+    """The running average of a model's weights and buffers, with a warm-up.
+
+    The first update is copied. A later one decays what was averaged before it by ``ema``, but by no
+    more than (1 + n) / (10 + n) after n updates, so that a short training does not end near its
+    start.
+    """
+
+    def __init__(self, model: nn.Module, ema: float):
+        super().__init__(model, use_buffers=True)
+        self.ema = ema
+
+    def update_parameters(self, model: nn.Module) -> None:
+        # The count is on the CPU, whatever the device, and part of the state: a resumed training
+        # goes on with the same decay.
+        n = int(self.n_averaged)
+        self.multi_avg_fn = get_ema_multi_avg_fn(min(self.ema, (1 + n) / (10 + n)))
+        super().update_parameters(model)
 
 
 def early_step(settings: ImplicitConfig, generator: torch.Generator) -> int:

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from polypseg import network_training
-from polypseg.checkpoint import CheckpointError, load_weights
+from polypseg.checkpoint import CheckpointError, load_state, load_weights
 from polypseg.config import ConfigError, load_recipe, make_config, recipes
 from polypseg.data import PolypDataset, batches, find_pairs, make_synthetic
 from polypseg.objective import Objective
@@ -71,6 +71,73 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
             (objective(some, their).objective / parts).backward()
         gradients.append([p.grad for p in objective.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+class Shares(torch.nn.Module):
+    """A model whose average shows which share each update has in it: the k-th sets the k-th 1."""
+
+    def __init__(self, updates: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(updates, dtype=torch.float64))
+        self.register_buffer("statistics", torch.zeros(updates, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, number: int) -> None:
+        with torch.no_grad():
+            self.weight.zero_()[number] = 1
+            self.statistics.zero_()[number] = 1
+            self.count += 1
+
+
+def shares_of(ema: float, updates: int, resumed_after: int | None = None) -> torch.Tensor:
+    """The share of every update in the average of all."""
+    model = Shares(updates)
+    average = network_training.WeightAverage(model, ema)
+    for number in range(updates):
+        if number == resumed_after:
+            state = average.state_dict()
+            average = network_training.WeightAverage(Shares(updates), ema)
+            average.load_state_dict(state)
+        model.update(number)
+        average.update_parameters(model)
+    assert torch.equal(average.module.statistics, average.module.weight)
+    assert average.module.count.dtype == torch.int64
+    assert 0.5 * updates <= average.module.count.item() <= updates
+    return average.module.weight.detach()
+
+
+def test_the_average_of_a_short_training_is_not_its_start() -> None:
+    a, b, c = 2 / 11, 3 / 12, 4 / 13  # decays of the second, third and fourth update, by hand
+    expected = torch.tensor([a * b * c, (1 - a) * b * c, (1 - b) * c, 1 - c], dtype=torch.float64)
+    torch.testing.assert_close(shares_of(0.99, 4), expected)
+    torch.testing.assert_close(shares_of(0.99, 4, resumed_after=2), expected)
+    torch.testing.assert_close(shares_of(0.0, 4), torch.eye(4, dtype=torch.float64)[3])
+
+
+def test_the_average_of_a_long_training_is_that_without_warm_up() -> None:
+    """With a decay of 0.9 the warm-up ends after 80 updates, which then have no share left."""
+    ages = torch.arange(299, -1, -1, dtype=torch.float64)
+    expected = 0.1 * 0.9**ages
+    torch.testing.assert_close(shares_of(0.9, 300)[81:], expected[81:])
+    torch.testing.assert_close(shares_of(0.9, 300), expected, rtol=0, atol=1e-9)
+
+
+def test_a_short_training_saves_its_last_weights_rather_than_its_first(
+    data: Path, tmp_path: Path
+) -> None:
+    train(tmp_path, data, "explicit.ema=0.99", "explicit.warmup=0")
+    first = load_state(tmp_path / "previous.pt")["model"]  # after 2 of 4 updates
+    last = load_state(tmp_path / "last.pt")["model"]
+    saved, _ = load_weights(tmp_path / "explicit.safetensors")
+    to_first, to_last = (
+        sum(
+            float((value - weights[key]).square().sum())
+            for key, value in saved.items()
+            if value.is_floating_point()
+        )
+        for weights in (first, last)
+    )
+    assert to_last < to_first
 
 
 def test_a_resumed_run_may_be_cut_into_parts_but_not_otherwise_changed(

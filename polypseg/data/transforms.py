@@ -11,6 +11,7 @@ import numpy as np
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 import albumentations as A
+import cv2
 
 MAX_ROTATION_DEGREES = 29
 SCALE_RANGE = (0.8, 1.25)
@@ -42,7 +43,14 @@ class TrainTransform:
                     keep_ratio=True,
                     p=0.8,
                 ),
-                A.Resize(size, size, area_for_downscale="image"),
+                # INTER_NEAREST rounds down here, though not in Affine's warp, and would move a mask
+                # away from its image.
+                A.Resize(
+                    size,
+                    size,
+                    mask_interpolation=cv2.INTER_NEAREST_EXACT,
+                    area_for_downscale="image",
+                ),
                 A.ColorJitter(
                     brightness=(0.7, 1.3),
                     contrast=(0.7, 1.3),

@@ -79,6 +79,28 @@ def test_image_and_mask_move_together() -> None:
         assert overlap > 0.93
 
 
+@pytest.mark.parametrize("size", [96, 256])
+def test_a_mask_lies_where_its_image_does(size: int) -> None:
+    """By the centroids of discs: brightness weighs the image, and the nearest pixel the mask."""
+    transform = TrainTransform(size)
+    side = transform.source_size
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:side, :side]
+    offsets = []
+    for seed in range(200):
+        row, column = side / 2 + rng.uniform(-side / 6, side / 6, 2)
+        mask = np.hypot(rows - row, columns - column) <= rng.uniform(side / 12, side / 7)
+        image = 200 * mask[..., None].repeat(3, axis=2).astype(np.uint8)
+        moved, moved_mask = transform(image, mask.astype(np.uint8), (seed,))
+        grey = moved.mean(axis=2)
+        centroids = [
+            np.mgrid[:size, :size].reshape(2, -1) @ weights.ravel() / weights.sum()
+            for weights in (grey - np.median(grey[moved_mask == 0]), moved_mask.astype(float))
+        ]
+        offsets.append(centroids[1] - centroids[0])
+    assert np.abs(np.mean(offsets, axis=0)).max() < 0.05
+
+
 def test_rotation_and_scale_stay_in_their_ranges() -> None:
     bar = np.zeros((200, 200), np.uint8)
     bar[95:105, 60:140] = 1

@@ -35,7 +35,8 @@ def learning_rate(settings: PhaseConfig, done: float) -> float:
             return settings.warm_lr + (settings.final_lr - settings.warm_lr) * done / warm
         done = (done - warm) / max(1e-9, 1 - warm)
     if done < settings.warmup:
-        return settings.lr * max(done, 1e-3) / settings.warmup
+        # The floor lets the first update move something; a warm-up may be shorter than it.
+        return settings.lr * min(1.0, max(done, 1e-3) / settings.warmup)
     left = (done - settings.warmup) / max(1e-9, 1 - settings.warmup)
     swing = (1 + math.cos(math.pi * min(1.0, left))) / 2
     return settings.final_lr + (settings.lr - settings.final_lr) * swing

@@ -153,6 +153,18 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert learning_rate(settings, 1.0) == pytest.approx(1e-6)
 
 
+@pytest.mark.parametrize("warmup", [0.0, 1e-9, 1e-4, 1e-3, 0.1, 1.0])
+def test_the_learning_rate_never_exceeds_its_peak(warmup: float) -> None:
+    from polypseg.config import make_config
+
+    settings = make_config({}, ["explicit.lr=1e-3", f"explicit.warmup={warmup}"]).explicit
+    updates = 20_000
+    rates = [learning_rate(settings, update / updates) for update in range(updates)]
+    assert min(rates) > 0
+    assert max(rates) == pytest.approx(1e-3, rel=1e-3)
+    assert max(rates) <= 1e-3
+
+
 def test_the_paper_restarts_the_learning_rate_after_the_warm_epochs() -> None:
     settings = load_recipe("polypdeq-add-paper").implicit
     assert learning_rate(settings, 0.0) == pytest.approx(1e-3)

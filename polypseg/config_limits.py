@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ TRAIN_ON = ("split", "all")
 PRECISIONS = ("fp32", "bf16", "fp16")
 INITIALIZERS = ("convolution", "deep")
 CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
+LARGEST_SEED = 2**63 - 1  # torch takes no larger one everywhere
 
 
 def out_of_range(config: Config) -> list[str]:
@@ -44,8 +46,10 @@ def out_of_range(config: Config) -> list[str]:
     one_of("implicit.backward", config.implicit.backward, BACKWARDS)
     size = config.data.size
     check(size > 0 and size % 32 == 0, "data.size", size, "a positive multiple of 32")
-    check(all(s > 0 for s in config.data.scales), "data.scales", config.data.scales, "positive")
-    check(bool(config.data.scales), "data.scales", config.data.scales, "at least one number")
+    scales = config.data.scales
+    finite = all(math.isfinite(s) and s > 0 for s in scales)
+    check(finite, "data.scales", scales, "positive and finite")
+    check(bool(scales), "data.scales", scales, "at least one number")
     for name, phase in (
         ("explicit", config.explicit),
         ("implicit", config.implicit),
@@ -61,6 +65,10 @@ def out_of_range(config: Config) -> list[str]:
                 check(value >= 0, f"{name}.{key}", value, "at least 0")
             elif isinstance(value, int):
                 check(value >= 1, f"{name}.{key}", value, "at least 1")
+            elif isinstance(value, float) and not math.isfinite(value):
+                check(False, f"{name}.{key}", value, "a finite number")
+            elif key == "clip":
+                check(value > 0, f"{name}.{key}", value, "above 0")
             elif key in ("warmup", "ema", "jacobian_share"):
                 check(0 <= value <= 1, f"{name}.{key}", value, "between 0 and 1")
             elif isinstance(value, float):
@@ -69,5 +77,6 @@ def out_of_range(config: Config) -> list[str]:
         parts, batch = network.accumulate, network.batch
         whole = f"a divisor of {name}.batch, {batch}"
         check(parts < 1 or batch % parts == 0, f"{name}.accumulate", parts, whole)
-    check(config.seed >= 0, "seed", config.seed, "at least 0")
+    fine = 0 <= config.seed <= LARGEST_SEED
+    check(fine, "seed", config.seed, f"between 0 and {LARGEST_SEED} (2**63 - 1)")
     return faults

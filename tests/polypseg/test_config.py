@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from polypseg import run_config
@@ -98,12 +99,43 @@ def test_all_faults_are_named_at_once() -> None:
         ("explicit.epochs=true", "explicit.epochs must be of type int, got True"),
         ("implicit.ema=1.5", "implicit.ema must be between 0 and 1, got 1.5"),
         ("implicit.backward=magic", "implicit.backward must be one of implicit, phantom"),
+        ("data.scales=[1.0, .inf]", "data.scales must be positive and finite, got (1.0, inf)"),
+        ("data.scales=[.nan]", "data.scales must be positive and finite, got (nan,)"),
+        ("data.scales=[]", "data.scales must be at least one number, got ()"),
+        ("explicit.lr=.inf", "explicit.lr must be a finite number, got inf"),
+        ("implicit.ema=nan", "implicit.ema must be a finite number, got nan"),
+        ("solve.tol=-.inf", "solve.tol must be a finite number, got -inf"),
+        ("explicit.clip=0", "explicit.clip must be above 0, got 0.0"),
+        ("implicit.clip=-1", "implicit.clip must be above 0, got -1.0"),
+        ("seed=-1", "seed must be between 0 and 9223372036854775807 (2**63 - 1), got -1"),
+        (f"seed={2**63}", "(2**63 - 1), got 9223372036854775808"),
     ],
 )
 def test_values_out_of_range_are_refused(override: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_config({}, [override])
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{section}.{key}"
+        for section, values in yaml.safe_load(make_config().to_yaml()).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if isinstance(value, float)
+    ],
+)
+def test_every_number_must_be_finite(name: str) -> None:
+    for value in (".inf", "-.inf", ".nan"):
+        with pytest.raises(ConfigError, match=rf"{name} must be a finite number, got -?(inf|nan)"):
+            make_config({}, [f"{name}={value}"])
+
+
+def test_the_largest_seed_is_one_that_torch_takes() -> None:
+    seed = make_config({}, [f"seed={2**63 - 1}"]).seed
+    assert torch.Generator().manual_seed(seed).initial_seed() == seed
 
 
 def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:

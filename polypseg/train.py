@@ -138,7 +138,7 @@ def _open_run(
 def _evaluate(run: Run, data: Path) -> None:
     """Score the run on its test sets or, where there are none, on the held-out images."""
     if (data / "TestDataset").is_dir():
-        sets = find_test_sets([data])
+        sets = find_test_sets([data], run.config.model.classes)
     elif run.split.test:
         sets = {data.resolve().name: run.split.test}
     elif run.config.data.train_on == "all":
@@ -210,7 +210,8 @@ def _refuse_bad_input(data: Path, start: Start, config: Config, tested: bool) ->
         errors.append(DataError(faults))
     try:
         if tested and (data / "TestDataset").is_dir():
-            audit_test_sets(find_test_sets([data]))
+            classes = config.model.classes
+            audit_test_sets(find_test_sets([data], classes), classes)
     except DataError as error:
         errors.append(error)
     try:

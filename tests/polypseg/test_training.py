@@ -247,19 +247,36 @@ def test_other_networks_train(data: Path, tmp_path: Path, name: str) -> None:
         assert [row["phase"] for row in rows(tmp_path)] == ["explicit"] * 2
 
 
-def test_three_classes_train_and_are_scored_apart(data: Path, tmp_path: Path) -> None:
-    coloured = tmp_path / "data"
+def paint(folder: Path, coloured: Path) -> None:
+    """Copy a folder with its masks painted red and green in turn."""
     (coloured / "masks").mkdir(parents=True)
-    (coloured / "images").symlink_to(data / "TrainDataset" / "images")
-    for number, file in enumerate(sorted((data / "TrainDataset" / "masks").iterdir())):
+    (coloured / "images").symlink_to(folder / "images")
+    for number, file in enumerate(sorted((folder / "masks").iterdir())):
         mask = np.asarray(Image.open(file)) > 0
         colour = np.array([[255, 0, 0], [0, 255, 0]], np.uint8)[number % 2]
         Image.fromarray(mask[..., None] * colour).save(coloured / "masks" / file.name)
+
+
+def test_three_classes_train_and_are_scored_apart(data: Path, tmp_path: Path) -> None:
+    coloured = tmp_path / "data"
+    paint(data / "TrainDataset", coloured)
     train(tmp_path / "run", coloured, "model.classes=3")
     last = rows(tmp_path / "run")[-1]
     each = [float(last[f"val_dice_{name}"]) for name in ("neoplastic", "non_neoplastic")]
     assert float(last["val_dice"]) == pytest.approx(sum(each) / 2)
     assert 0 <= float(last["val_dice_polyp"]) <= 1
+
+
+def test_three_classes_are_tested_on_coloured_masks(data: Path, tmp_path: Path) -> None:
+    coloured = tmp_path / "data"
+    for folder in ("TrainDataset", "TestDataset/Synthetic"):
+        paint(data / folder, coloured / folder)
+    run = tmp_path / "run"
+    arguments = [str(run), "--data", str(coloured), "--phases", "explicit", "model.classes=3"]
+    assert main([*arguments, *TINY]) == 0
+    with open(run / "evaluation" / "summary.csv", newline="") as file:
+        found = [(row["data"], row["target"]) for row in csv.DictReader(file)]
+    assert found == [("Synthetic", name) for name in ("polyp", "neoplastic", "non_neoplastic")]
 
 
 def test_score_of_three_classes_by_hand() -> None:

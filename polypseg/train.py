@@ -206,8 +206,12 @@ def _refuse_bad_input(data: Path, start: Start, config: Config, tested: bool) ->
     errors: list[Exception] = []
     found = audit_folder(training_folder(data), config.model.classes)
     faults = [fault for fault in found if fault.severity == "error"]
-    if faults:
-        errors.append(DataError(faults))
+    try:
+        if faults:
+            raise DataError(faults)
+        split_for(data, config.seed)
+    except DataError as error:
+        errors.append(error)
     try:
         if tested and (data / "TestDataset").is_dir():
             classes = config.model.classes

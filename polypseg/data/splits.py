@@ -64,9 +64,13 @@ def split_for(root: Path, seed: int = 0) -> Split:
         NeoPolyp-Small where they are its 1000, otherwise a random one that holds out 10 %.
 
     Raises:
-        DataError: as `find_pairs`.
+        DataError: as `find_pairs`, or there is a single pair.
     """
-    pairs = find_pairs(training_folder(root))
+    folder = training_folder(root)
+    pairs = find_pairs(folder)
+    if len(pairs) < 2:
+        remedy = "add images with masks: one at least trains, and another validates"
+        raise DataError([Fault(folder, f"holds a single pair, {pairs[0].stem}", remedy)])
     digest = stems_digest([pair.stem for pair in pairs])
     if digest == TRAIN_DIGEST:
         return published_split(pairs)

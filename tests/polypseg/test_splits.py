@@ -166,6 +166,12 @@ def test_any_other_folder_gets_a_random_tenth(tmp_path: Path, folder: str) -> No
     assert split.rule == "random: 3 of 30 held out, seed 1"
 
 
+def test_a_single_pair_cannot_be_parted(tmp_path: Path) -> None:
+    make_folder(tmp_path / "TrainDataset", ["only"])
+    with pytest.raises(DataError, match=r"TrainDataset: holds a single pair, only; add images"):
+        splits.split_for(tmp_path)
+
+
 def test_test_folders_by_name(tmp_path: Path) -> None:
     for name in ("Set10", "Set9"):
         make_folder(tmp_path / "TestDataset" / name, ["a"])

@@ -124,6 +124,13 @@ def test_bad_data_is_named_all_at_once_and_nothing_is_written(data: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_single_pair_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    make_synthetic(tmp_path / "data", train=1, test=1, size=64, seed=0)
+    with pytest.raises(DataError, match=r"data.TrainDataset: holds a single pair"):
+        main([str(tmp_path / "run"), "--data", str(tmp_path / "data"), *TINY])
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_on_all_images_has_none_left_to_evaluate_on(data: Path, tmp_path: Path) -> None:
     folder = data / "TrainDataset"
     once = ["explicit.epochs=1", "data.train_on=all"]

@@ -23,11 +23,14 @@ from polypseg.config import (
 from polypseg.config_limits import SEGFORMERS
 from polypseg.data import (
     DataError,
+    Fault,
     audit_folder,
     make_synthetic,
+    scan_pairs,
     split_for,
     training_folder,
 )
+from polypseg.data.audit import EMPTY_MASK
 from polypseg.distributed import Processes, choose_device, join_processes, leave_processes
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
@@ -37,7 +40,7 @@ from polypseg.network_training import train_explicit, train_implicit
 from polypseg.run_config import added_settings, differences, load_run_config
 from polypseg.runs import ResultsCsv, lock_folder, setup_log, versions
 from polypseg.starting import Start
-from polypseg.testsets import audit_test_sets, find_test_sets
+from polypseg.testsets import PRINTED_WARNINGS, audit_test_sets, find_test_sets
 from polypseg.train_arguments import parse
 from polypseg.training_run import PHASES, Run, fields, summary_writer
 from polypseg.validation import Validation
@@ -100,7 +103,7 @@ def _open_run(
     if processes.first:
         data = _data(arguments)
         # Whatever is wrong is an error before anything is written.
-        _refuse_bad_input(data, start, config, tested=arguments.evaluate)
+        warnings = _refuse_bad_input(data, start, config, tested=arguments.evaluate)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock_folder(folder))
         remove_unfinished(folder)
@@ -110,6 +113,7 @@ def _open_run(
             log.info(
                 "config.yaml, of an older version, now also holds %s=%s, as before", key, value
             )
+        _log_warnings(log, warnings)
         write_atomic(file, config.to_yaml().encode())
         write_atomic(folder / "versions.json", json.dumps(versions(), indent=2).encode())
         results = ResultsCsv(folder / "results.csv", fields(config))
@@ -201,17 +205,17 @@ def _data(arguments: argparse.Namespace) -> Path:
     return data
 
 
-def _refuse_bad_input(data: Path, start: Start, config: Config, tested: bool) -> None:
-    """Check images, masks and starting weights, and report the faults of all of them together."""
+def _refuse_bad_input(data: Path, start: Start, config: Config, tested: bool) -> list[Fault]:
+    """Check images, masks and starting weights, and report the faults of all of them together.
+
+    Returns:
+        The warnings about the training data.
+    """
     errors: list[Exception] = []
-    found = audit_folder(training_folder(data), config.model.classes)
+    found = _training_faults(data, config)
     faults = [fault for fault in found if fault.severity == "error"]
-    try:
-        if faults:
-            raise DataError(faults)
-        split_for(data, config.seed)
-    except DataError as error:
-        errors.append(error)
+    if faults:
+        errors.append(DataError(faults))
     try:
         if tested and (data / "TestDataset").is_dir():
             classes = config.model.classes
@@ -227,3 +231,35 @@ def _refuse_bad_input(data: Path, start: Start, config: Config, tested: bool) ->
         raise InputError("\n".join(map(str, errors)))
     if errors:
         raise errors[0]
+    return found
+
+
+def _training_faults(data: Path, config: Config) -> list[Fault]:
+    """All that is wrong with the training data, file by file and as a whole; the whole first."""
+    folder = training_folder(data)
+    faults = audit_folder(folder, config.model.classes)
+    if any(fault.severity == "error" for fault in faults):
+        return faults
+    pairs, _ = scan_pairs(folder)
+    empty = sum(fault.problem == EMPTY_MASK for fault in faults)
+    problem = f"{empty} of {len(pairs)} masks are empty"
+    if empty == len(pairs):
+        remedy = "add images that show polyps: from none of them nothing can be learnt"
+        faults.insert(0, Fault(folder, problem, remedy))
+    elif empty:
+        remedy = "make sure these images show no polyp"
+        faults.insert(0, Fault(folder, problem, remedy, "warning"))
+    try:
+        split_for(data, config.seed)
+    except DataError as error:
+        faults = [*error.faults, *faults]
+    return faults
+
+
+def _log_warnings(log: logging.Logger, warnings: list[Fault]) -> None:
+    # Empty masks come last: there may be many, and their number has been said.
+    warnings = sorted(warnings, key=lambda fault: fault.problem == EMPTY_MASK)
+    for fault in warnings[:PRINTED_WARNINGS]:
+        log.warning("%s", fault)
+    if len(warnings) > PRINTED_WARNINGS:
+        log.warning("... and %d more warnings", len(warnings) - PRINTED_WARNINGS)

@@ -27,6 +27,7 @@ AUDIT_THREADS = 4
 # no such noise.
 NOISE = 32
 GREY_FRACTION = 0.05
+EMPTY_MASK = "mask is empty"  # the problem of such a mask's fault
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _grey_values(path: Path, grey: np.ndarray) -> list[Fault]:
 
 def _extent(path: Path, mask: np.ndarray) -> list[Fault]:
     if not mask.any():
-        return [Fault(path, "mask is empty", "make sure the image shows no polyp", "warning")]
+        return [Fault(path, EMPTY_MASK, "make sure the image shows no polyp", "warning")]
     if mask.all():
         return [Fault(path, "mask is full", "make sure all of the image is polyp", "warning")]
     return []

@@ -131,6 +131,34 @@ def test_a_single_pair_is_refused_before_anything_is_written(tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def copy_with_empty_masks(data: Path, folder: Path, empty: int) -> Path:
+    shutil.copytree(data / "TrainDataset", folder)
+    for mask in sorted((folder / "masks").iterdir())[:empty]:
+        Image.new("L", (64, 64)).save(mask)
+    return folder
+
+
+def test_warnings_about_the_training_data_are_in_the_log(data: Path, tmp_path: Path) -> None:
+    folder = copy_with_empty_masks(data, tmp_path / "data", empty=14)
+    mask = sorted((folder / "masks").iterdir())[20]
+    Image.new("L", (64, 64), 255).save(mask)
+    arguments = [str(tmp_path / "run"), "--data", str(folder), "--no-evaluate"]
+    assert main([*arguments, "--phases", "explicit", *TINY, "explicit.epochs=1"]) == 0
+    log = (tmp_path / "run" / "train.log").read_text().splitlines()
+    warnings = [line for line in log if " WARNING " in line]
+    assert f"{folder}: 14 of 48 masks are empty; make sure" in warnings[0]
+    assert f"{mask}: mask is full" in warnings[1]
+    assert [line.count("mask is empty") for line in warnings] == [0, 0, *[1] * 8, 0]
+    assert warnings[-1].endswith("... and 6 more warnings")
+
+
+def test_data_without_a_single_polyp_are_refused(data: Path, tmp_path: Path) -> None:
+    folder = copy_with_empty_masks(data, tmp_path / "data", empty=48)
+    with pytest.raises(DataError, match=r"data: 48 of 48 masks are empty; add images that show"):
+        main([str(tmp_path / "run"), "--data", str(folder), *TINY])
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_on_all_images_has_none_left_to_evaluate_on(data: Path, tmp_path: Path) -> None:
     folder = data / "TrainDataset"
     once = ["explicit.epochs=1", "data.train_on=all"]

@@ -36,6 +36,7 @@ def fit_hyper(run: Run) -> None:
     if settings.alternate and alternating_weights(run).exists():
         load_into(hyper, alternating_weights(run), what="HyperSolver")
     training = TrainingFeatures(run, model)
+    samples = training.length * training.batch
     bar = tqdm(total=settings.epochs * len(training(0)), desc="hyper", dynamic_ncols=True)
     started = time.perf_counter()
 
@@ -52,6 +53,12 @@ def fit_hyper(run: Run) -> None:
         model.deq = slow
         hyper.train()
         seconds, started = time.perf_counter() - started, time.perf_counter()
+        skipped = round(fitted.skipped * samples)
+        if skipped:
+            run.log.warning(
+                "hyper epoch %d: %d of %d images skipped, because their z* is unreliable",
+                *(fitted.epoch, skipped, samples),
+            )
         run.results.truncate_from("hyper", fitted.epoch)
         run.report(
             {
@@ -59,7 +66,7 @@ def fit_hyper(run: Run) -> None:
                 "epoch": fitted.epoch,
                 "seconds": seconds,
                 "loss": fitted.loss,
-                "skipped": fitted.skipped,
+                "skipped": skipped,
                 **{
                     f"val_{key}": value
                     for key, value in scores.items()

@@ -10,6 +10,7 @@ import torch
 
 import polypseg.alternating
 from deqsolvers import HandOver, load_hypersolver
+from deqsolvers.hypersolver.targets import Teacher
 from polypseg.alternating import due
 from polypseg.checkpoint import load_weights
 from polypseg.config import make_config
@@ -112,6 +113,26 @@ def test_an_interrupted_fit_goes_on(run: Path, data: Path, tmp_path: Path) -> No
     whole, _ = load_weights(run / "hyper.safetensors")
     for name, value in whole.items():
         assert torch.equal(again[name], value), name
+
+
+def test_samples_without_a_reliable_fixed_point_are_counted(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in each of the two batches of 8 that an epoch has."""
+    for name in ("config.yaml", "implicit.safetensors", "alternating.safetensors"):
+        shutil.copy(run / name, tmp_path / name)
+    original = Teacher._solve
+
+    def solve(self: Teacher, inputs: tuple[Any, ...]) -> tuple[Any, torch.Tensor]:
+        z, residual = original(self, inputs)
+        return z, residual.index_fill(0, torch.tensor([0]), torch.inf)
+
+    monkeypatch.setattr(Teacher, "_solve", solve)
+    arguments = [str(tmp_path), "--data", str(data), "--no-evaluate", "--phases", "hyper"]
+    assert main(arguments) == 0
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [row["skipped"] for row in csv.DictReader(file)] == ["2", "2"]
+    assert "hyper epoch 2: 2 of 16 images skipped" in (tmp_path / "train.log").read_text()
 
 
 def _interrupt_second() -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
+from polypseg.config import Config
 from polypseg.training_run import PHASES
 
 
@@ -12,7 +14,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; exits with a message where they make no sense together."""
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.run is not None and "=" in arguments.run.name and not arguments.run.exists():
+    if arguments.run is not None and not arguments.run.exists() and _is_setting(arguments):
         arguments.set.insert(0, str(arguments.run))  # KEY=VALUE without a run
         arguments.run = None
     if arguments.recipe != "list" and not arguments.print_config and arguments.run is None:
@@ -20,6 +22,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.config is not None and (arguments.recipe or arguments.demo):
         parser.error("--config cannot go with --recipe or --demo; change settings by KEY=VALUE")
     return arguments
+
+
+def _is_setting(arguments: argparse.Namespace) -> bool:
+    """Whether what stands in the place of RUN is KEY=VALUE and no name of a new folder."""
+    key, equals, _ = str(arguments.run).partition("=")
+    if not equals or Path(key).name != key:
+        return False
+    # A section is enough: a key that it lacks is then named as a mistake, not made a folder. So is
+    # any key where nothing is made.
+    known = {field.name for field in dataclasses.fields(Config)}
+    return arguments.print_config or key.partition(".")[0] in known
 
 
 def _parser() -> argparse.ArgumentParser:

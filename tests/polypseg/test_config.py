@@ -9,6 +9,8 @@ import yaml
 from polypseg import run_config
 from polypseg.config import ConfigError, load_config, make_config
 from polypseg.run_config import load_run_config
+from polypseg.train import main
+from polypseg.train_arguments import parse
 
 
 def test_every_default_is_set_and_explained() -> None:
@@ -147,3 +149,34 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1,\n")
     with pytest.raises(ConfigError, match=r"broken\.yaml: cannot be read"):
         load_config(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("name", ["runs/lr=1e-4", "lr=1e-4", "a/explicit.lr=1", "data.v2/lr=3"])
+def test_a_new_run_may_have_an_equals_sign_in_its_name(name: str) -> None:
+    arguments = parse([name, "explicit.lr=1e-4"])
+    assert (arguments.run, arguments.set) == (Path(name), ["explicit.lr=1e-4"])
+
+
+@pytest.mark.parametrize("setting", ["seed=3", "explicit.lr=1e-4", "data.scales=[1.0]", "data=3"])
+def test_a_setting_is_not_taken_for_a_new_run(
+    setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = parse(["--print-config", setting, "seed=2"])
+    assert (arguments.run, arguments.set) == (None, [setting, "seed=2"])
+    with pytest.raises(SystemExit):
+        parse([setting])
+    assert "RUN, the run directory, is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["explicit.lrr=1", "lrr=1"])
+def test_a_mistaken_setting_is_not_taken_for_a_new_run_either(setting: str) -> None:
+    with pytest.raises(ConfigError, match="is not a setting"):
+        main(["--print-config", setting])
+
+
+def test_an_existing_folder_is_a_run_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("seed=3").mkdir()
+    assert parse(["seed=3"]).run == Path("seed=3")

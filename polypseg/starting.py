@@ -26,6 +26,13 @@ class Start:
     encoder_weights: Path | None = None
     run: Path | None = None
 
+    def file(self) -> Path | None:
+        """The weights file that is read; None where the weights are random, or the run has none."""
+        if self.run is None:
+            return self.encoder_weights
+        files = [self.run / f"{phase}.safetensors" for phase in PHASES[:2]]
+        return next((file for file in files if file.is_file()), None)
+
     def load(self, model: SegmentationModel, config: ModelConfig) -> str:
         """Load the first weights into a network of ``config``; returns what was done, for a log.
 
@@ -41,8 +48,7 @@ class Start:
             return self._load_run(self.run, model, config)
         return "the network starts from random weights (neither --encoder-weights nor --start-from)"
 
-    @staticmethod
-    def _load_run(run: Path, model: SegmentationModel, config: ModelConfig) -> str:
+    def _load_run(self, run: Path, model: SegmentationModel, config: ModelConfig) -> str:
         if not (run / "config.yaml").is_file():
             raise ConfigError(f"--start-from {run}: not a run directory; it has no config.yaml")
         theirs = load_run_config(run / "config.yaml").model
@@ -52,12 +58,11 @@ class Start:
                 f"{config.name} with encoder {config.encoder} is to be trained; give "
                 f"model.name={theirs.name} model.encoder={theirs.encoder}"
             )
-        files = [run / f"{phase}.safetensors" for phase in PHASES[:2]]
-        found = next((file for file in files if file.is_file()), None)
+        found = self.file()
         if found is None:
             raise CheckpointError(
-                f"--start-from {run}: it has neither {files[0].name} nor {files[1].name}; train "
-                "its explicit phase first"
+                f"--start-from {run}: it has neither {PHASES[0]}.safetensors nor "
+                f"{PHASES[1]}.safetensors; train its explicit phase first"
             )
         fresh: list[str] = []
         if theirs.classes != config.classes:

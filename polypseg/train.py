@@ -24,6 +24,7 @@ from polypseg.config_limits import SEGFORMERS
 from polypseg.data import (
     DataError,
     Fault,
+    Split,
     audit_folder,
     make_synthetic,
     scan_pairs,
@@ -34,6 +35,7 @@ from polypseg.data.audit import EMPTY_MASK
 from polypseg.distributed import Processes, choose_device, join_processes, leave_processes
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
+from polypseg.lineage import is_begun, make_lineage, read_lineage, write_lineage
 from polypseg.malloc import keep_freed_memory
 from polypseg.models import build_model
 from polypseg.network_training import train_explicit, train_implicit
@@ -107,6 +109,7 @@ def _open_run(
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock_folder(folder))
         remove_unfinished(folder)
+        lineage = make_lineage(_split(data, config), start)
         log = setup_log(folder / "train.log")
         file = folder / "config.yaml"
         for key, value in (added_settings(file) if file.exists() else {}).items():
@@ -116,6 +119,9 @@ def _open_run(
         _log_warnings(log, warnings)
         write_atomic(file, config.to_yaml().encode())
         write_atomic(folder / "versions.json", json.dumps(versions(), indent=2).encode())
+        # Of a run that an older version began nobody knows what it was begun with.
+        if read_lineage(folder) is None and not is_begun(folder):
+            write_lineage(folder, lineage)
         results = ResultsCsv(folder / "results.csv", fields(config))
     processes.wait()
     if not processes.first:
@@ -123,9 +129,7 @@ def _open_run(
         log = logging.getLogger("polypseg.other")  # the first process tells
         log.setLevel(logging.CRITICAL)
         results = ResultsCsv(folder / "results.csv", fields(config))
-    split = split_for(data, config.seed)
-    if config.data.train_on == "all":
-        split = split.with_validation_in_training()
+    split = _split(data, config)
     log.info(
         "%d training and %d validation images of %s (%s); device %s, %d processes, %d threads",
         *(len(split.train), len(split.val), data, split.rule),
@@ -137,6 +141,12 @@ def _open_run(
     board = writer(folder / "tensorboard") if writer and processes.first else None
     run = Run(folder, config, split, validation, device, results, log, processes, board)
     return run, data
+
+
+def _split(data: Path, config: Config) -> Split:
+    """The pairs of a data folder, parted as the configuration says."""
+    split = split_for(data, config.seed)
+    return split.with_validation_in_training() if config.data.train_on == "all" else split
 
 
 def _evaluate(run: Run, data: Path) -> None:

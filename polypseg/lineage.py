@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import Any
 from polypseg.checkpoint import LAST, PREVIOUS, write_atomic
 from polypseg.config import ConfigError
 from polypseg.data import Pair, Split
+from polypseg.data.folders import natural_key
 from polypseg.starting import Start
 from polypseg.training_run import PHASES
 
 RECORD = "data.json"
 READING_THREADS = 4
+NAMED = 5  # stems in an error message
 
 Digests = dict[str, list[str]]  # by stem: of the image and of the mask
 
@@ -87,6 +89,33 @@ def read_lineage(folder: Path) -> Lineage | None:
         ) from error
 
 
+def check_resumed(folder: Path, now: Lineage) -> None:
+    """Keep a run from going on with other images than before, wherever they lie by now.
+
+    Nor may an unfinished explicit phase go on with another start. A run without a record may go on
+    with anything.
+
+    Raises:
+        ConfigError: says what differs.
+    """
+    before = read_lineage(folder)
+    if before is None:
+        return
+    changed = [
+        text
+        for name in ("training", "validation")
+        for text in _changes(name, getattr(before, name), getattr(now, name))
+    ]
+    old, new = (record.start and record.start.sha256 for record in (before, now))
+    if old != new and not (folder / f"{PHASES[0]}.safetensors").exists():
+        changed.append(f"it started from {_told(before.start)}, now from {_told(now.start)}")
+    if changed:
+        raise ConfigError(
+            f"{folder}: this run was started with other data ({folder / RECORD}): "
+            f"{'; '.join(changed)}. Give the same to resume it, or another run directory"
+        )
+
+
 def is_begun(folder: Path) -> bool:
     """Whether a run directory holds weights of any kind."""
     names = [LAST, PREVIOUS, *(f"{phase}.safetensors" for phase in PHASES)]
@@ -122,3 +151,32 @@ def _lineage(fields: dict[str, Any]) -> Lineage:
         for part in ("training", "validation")
     )
     return Lineage(origin, training, validation)
+
+
+def _changes(name: str, old: Digests, new: Digests) -> list[str]:
+    """How the images of a part of the data differ, one text for each kind of difference."""
+    kinds = {
+        "gone": old.keys() - new.keys(),
+        "new": new.keys() - old.keys(),
+        "with another image or mask": {
+            stem for stem in old.keys() & new.keys() if old[stem] != new[stem]
+        },
+    }
+    return [
+        f"{len(stems)} of the {name} images {kind} ({_some(stems)})"
+        for kind, stems in kinds.items()
+        if stems
+    ]
+
+
+def _some(stems: Collection[str]) -> str:
+    named = sorted(stems, key=natural_key)
+    rest = len(named) - NAMED
+    return ", ".join(named[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _told(start: Origin | None) -> str:
+    if start is None:
+        return "random weights"
+    of = f" of {start.run}" if start.run else ""
+    return f"{start.file}{of} (SHA-256 {start.sha256[:12]})"

@@ -39,8 +39,8 @@ def train_explicit(run: Run, start: Start) -> None:
     """Phase 1: the model as an ordinary network, f evaluated once from z = 0."""
     torch.manual_seed(run.config.seed)
     model = build_model(run.config.model).to(run.device)
-    run.log.info(start.load(model, run.config.model))
-    train_network(run, "explicit", model, run.config.explicit)
+    begins = start.load(model, run.config.model)
+    train_network(run, "explicit", model, run.config.explicit, begins)
 
 
 def train_implicit(run: Run) -> None:
@@ -50,13 +50,20 @@ def train_implicit(run: Run) -> None:
     train_network(run, "implicit", model, run.config.implicit)
 
 
-def train_network(run: Run, phase: str, model: SegmentationModel, settings: PhaseConfig) -> None:
-    """Train all weights; an unfinished phase goes on after its last complete epoch."""
+def train_network(
+    run: Run, phase: str, model: SegmentationModel, settings: PhaseConfig, begins: str = ""
+) -> None:
+    """Train all weights; an unfinished phase goes on after its last complete epoch.
+
+    ``begins`` is what to log where the phase does begin.
+    """
     with explain_lack_of_memory(run, phase):
-        _train_network(run, phase, model, settings)
+        _train_network(run, phase, model, settings, begins)
 
 
-def _train_network(run: Run, phase: str, model: SegmentationModel, settings: PhaseConfig) -> None:
+def _train_network(
+    run: Run, phase: str, model: SegmentationModel, settings: PhaseConfig, begins: str
+) -> None:
     config, processes = run.config, run.processes
     implicit = settings if isinstance(settings, ImplicitConfig) else None
     objective: nn.Module = Objective(model, settings)
@@ -81,6 +88,8 @@ def _train_network(run: Run, phase: str, model: SegmentationModel, settings: Pha
         "scaler": scaler,
     }
     first = _resume(run, phase, parties)
+    if first == 0 and begins:
+        run.log.info(begins)
     if processes.first:
         run.results.truncate_from(phase, first + 1)
 

@@ -35,7 +35,7 @@ from polypseg.data.audit import EMPTY_MASK
 from polypseg.distributed import Processes, choose_device, join_processes, leave_processes
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
-from polypseg.lineage import is_begun, make_lineage, read_lineage, write_lineage
+from polypseg.lineage import check_resumed, is_begun, make_lineage, read_lineage, write_lineage
 from polypseg.malloc import keep_freed_memory
 from polypseg.models import build_model
 from polypseg.network_training import train_explicit, train_implicit
@@ -110,6 +110,7 @@ def _open_run(
         stack.enter_context(lock_folder(folder))
         remove_unfinished(folder)
         lineage = make_lineage(_split(data, config), start)
+        check_resumed(folder, lineage)
         log = setup_log(folder / "train.log")
         file = folder / "config.yaml"
         for key, value in (added_settings(file) if file.exists() else {}).items():

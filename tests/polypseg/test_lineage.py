@@ -106,3 +106,62 @@ def test_a_damaged_record_is_named(content: str, data: Path, tmp_path: Path) -> 
     (tmp_path / RECORD).write_text(content)
     with pytest.raises(ConfigError, match=r"data\.json: not a record"):
         read_lineage(tmp_path)
+
+
+@pytest.fixture
+def unfinished(finished: Path, tmp_path: Path) -> Path:
+    """The same run as a kill after its last epoch would leave it."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "explicit.safetensors").unlink()
+    return run
+
+
+def resume(run: Path, data: Path, *more: str) -> None:
+    assert main([str(run), "--data", str(data), *more, *COMMON]) == 0
+
+
+def test_images_that_merely_moved_resume_a_run(
+    unfinished: Path, data: Path, encoder: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    weights = Path(shutil.copy(encoder, tmp_path / "renamed.safetensors"))
+    before = (unfinished / "train.log").read_text()
+    assert before.count("encoder weights from") == 1
+    resume(unfinished, moved, "--encoder-weights", str(weights))
+    log = (unfinished / "train.log").read_text()
+    assert "explicit: resuming after epoch 2" in log
+    assert log.count("encoder weights from") == 1  # they were not what it went on from
+
+
+def test_other_images_do_not_resume_a_run(finished: Path, data: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    split = split_for(data, 0)
+    train, val = split.train[0].stem, split.val[0].stem
+    folder = other / "TrainDataset"
+    with open(folder / "masks" / f"{train}.png", "ab") as mask:
+        mask.write(b"more")
+    with open(folder / "images" / f"{val}.jpg", "ab") as image:
+        image.write(b"more")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="started with other data") as caught:
+        resume(run, other)
+    assert f"1 of the training images with another image or mask ({train})" in str(caught.value)
+    assert f"1 of the validation images with another image or mask ({val})" in str(caught.value)
+    for part in ("images", "masks"):
+        for path in (folder / part).glob(f"{train}.*"):
+            path.rename(path.with_stem("zzz"))
+    with pytest.raises(ConfigError, match=rf"training images gone \({train}\)"):
+        resume(run, other)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_unfinished_explicit_phase_keeps_its_start(
+    unfinished: Path, finished: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"from encoder\.safetensors .*, now from random weights"):
+        resume(unfinished, data)
+    with pytest.raises(ConfigError, match=r"now from explicit\.safetensors of finished \("):
+        resume(unfinished, data, "--start-from", str(finished))
+    # Nothing reads the first weights once the phase is over.
+    resume(Path(shutil.copytree(finished, tmp_path / "copy")), data)

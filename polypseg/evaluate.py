@@ -15,6 +15,7 @@ from polypseg.data import Pair, read_image, read_pair
 from polypseg.data.classes import CLASS_NAMES
 from polypseg.evaluation import PROGRAM, Evaluation, earlier_files, write_evaluation
 from polypseg.examples import PICTURES, residual_traces, worst_examples
+from polypseg.lineage import read_lineage
 from polypseg.predictor import Predictor, available_solvers
 from polypseg.protocols import POLYP, PROTOCOLS, check_protocols, score_result
 from polypseg.report import EVALUATION, write_report
@@ -25,6 +26,7 @@ from polypseg.scores import (
     summarise,
     text_table,
 )
+from polypseg.seen import held_out_sets, notes_on_seen
 from polypseg.solver_arguments import add_solver_arguments, check_solver_arguments
 from polypseg.testsets import NOTES, audit_test_sets, find_test_sets
 
@@ -115,7 +117,8 @@ def evaluate_run(
 
     Args:
         run: directory that `polypseg-train` wrote.
-        sets: the pairs of each test set by name, as `find_test_sets`.
+        sets: the pairs of each test set by name, as `find_test_sets`; of the run's own training
+            folder the images that it held out are scored.
         solvers: their names; if None, all that the run has weights for.
         out: a folder that is new, empty or from an earlier evaluation, whose files are then
             replaced; if None, `run/evaluation`.
@@ -148,7 +151,9 @@ def evaluate_run(
     config = load_run_config(run / "config.yaml")
     classes = config.model.classes
     check_protocols(protocols, classes)
-    limited = {name: list(pairs[:limit]) for name, pairs in sets.items()}
+    lineage = read_lineage(run)
+    scored = held_out_sets(lineage, sets)
+    limited = {name: pairs[:limit] for name, pairs in scored.items()}
     audit_test_sets(limited, classes)
 
     warm_up(predictors, next(iter(limited.values()))[0])
@@ -164,7 +169,9 @@ def evaluate_run(
     ]
     # Protocol by protocol, so that what compares stands together.
     summary.sort(key=lambda row: (protocols.index(row.protocol), list(rows).index(row.data)))
-    evaluation = Evaluation(out, predictors, limited, protocols, rows, summary)
+    notes = [NOTES[name] for name in limited if name in NOTES]
+    notes += notes_on_seen(lineage, sets, limited)
+    evaluation = Evaluation(out, predictors, limited, protocols, rows, summary, notes)
     settings = {
         "command": command,
         "run": str(run),
@@ -186,9 +193,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     print(text_table(evaluation.summary))
     for protocol in evaluation.protocols:
         print(f"\nProtocol {protocol}: {PROTOCOLS[protocol]}")
-    for name in evaluation.rows:
-        if name in NOTES:
-            print(f"\nNote: {NOTES[name]}")
+    for note in evaluation.notes:
+        print(f"\nNote: {note}")
     print(f"\nResults per image and summary: {evaluation.out}")
 
 

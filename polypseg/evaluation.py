@@ -13,14 +13,16 @@ from polypseg.predictor import Predictor
 from polypseg.protocols import PROTOCOLS
 from polypseg.runs import versions
 from polypseg.scores import ImageRow, SummaryRow, json_values, to_csv
-from polypseg.testsets import NOTES
 
 PROGRAM = "polypseg-evaluate"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_run` did: predictors by solver, pairs by folder, rows by folder and solver."""
+    """What `evaluate_run` did: predictors by solver, pairs by folder, rows by folder and solver.
+
+    ``notes`` is what has to be said beside the figures.
+    """
 
     out: Path
     predictors: dict[str, Predictor]
@@ -28,6 +30,7 @@ class Evaluation:
     protocols: list[str]
     rows: dict[str, dict[str, list[ImageRow]]]
     summary: list[SummaryRow]
+    notes: list[str]
 
 
 def write_evaluation(evaluation: Evaluation, settings: dict[str, Any], earlier: set[str]) -> None:
@@ -46,7 +49,7 @@ def write_evaluation(evaluation: Evaluation, settings: dict[str, Any], earlier: 
         "one of truth and prediction is empty",
         "seconds": "of the network on one image, after a warm-up, the solvers taking turns",
         "data": {name: str(pairs[0].image.parent.parent) for name, pairs in sets.items()},
-        "notes": [NOTES[name] for name in sets if name in NOTES],
+        "notes": evaluation.notes,
         "device": str(next(iter(predictors.values())).device),
         "solvers": {  # an explicit pass has no options
             name: {} if predictor.deq is None else asdict(predictor.deq.options)

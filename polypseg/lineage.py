@@ -53,6 +53,12 @@ class Lineage:
     training: Digests
     validation: Digests
 
+    def seen(self) -> set[str]:
+        """The digests of all images that trained the weights, in this run or before it."""
+        before = self.start.record if self.start is not None else None
+        own = {image for image, _ in self.training.values()}
+        return own | before.seen() if before is not None else own
+
 
 def make_lineage(split: Split, start: Start) -> Lineage:
     """Read all images and masks of a split, and the weights that a network starts from."""

@@ -41,6 +41,7 @@ from polypseg.models import build_model
 from polypseg.network_training import train_explicit, train_implicit
 from polypseg.run_config import added_settings, differences, load_run_config
 from polypseg.runs import ResultsCsv, lock_folder, setup_log, versions
+from polypseg.seen import HELD_OUT
 from polypseg.starting import Start
 from polypseg.testsets import PRINTED_WARNINGS, audit_test_sets, find_test_sets
 from polypseg.train_arguments import parse
@@ -160,7 +161,7 @@ def _evaluate(run: Run, data: Path) -> None:
         run.log.info("not evaluated: data.train_on=all leaves no image that it has not seen")
         return
     else:
-        sets = {"validation": run.split.val}
+        sets = {HELD_OUT: run.split.val}
     command = f"polypseg-train {run.folder}"
     evaluation = evaluate_run(run.folder, sets, device=str(run.device), command=command)
     print_evaluation(evaluation)

@@ -72,6 +72,18 @@ def make_lineage(split: Split, start: Start) -> Lineage:
     return Lineage(origin, _digests(split.train), _digests(split.val))
 
 
+def keep_lineage(folder: Path, now: Lineage) -> Lineage | None:
+    """The record of a run directory, which gets ``now`` where it is new.
+
+    None for a run that an older version began: nobody knows what with.
+    """
+    kept = read_lineage(folder)
+    if kept is None and not _is_begun(folder):
+        write_lineage(folder, now)
+        return now
+    return kept
+
+
 def write_lineage(folder: Path, lineage: Lineage) -> None:
     """Keep a record in a run directory."""
     write_atomic(folder / RECORD, json.dumps(asdict(lineage), indent=1).encode())
@@ -122,10 +134,19 @@ def check_resumed(folder: Path, now: Lineage) -> None:
         )
 
 
-def is_begun(folder: Path) -> bool:
-    """Whether a run directory holds weights of any kind."""
-    names = [LAST, PREVIOUS, *(f"{phase}.safetensors" for phase in PHASES)]
-    return any((folder / name).exists() for name in names)
+def warning_on_start(lineage: Lineage | None) -> str | None:
+    """What to say where the run that this one starts from was trained on validation images."""
+    if lineage is None or lineage.start is None or lineage.start.record is None:
+        return None
+    seen = lineage.start.record.seen()
+    stems = [stem for stem, (image, _) in lineage.validation.items() if image in seen]
+    if not stems:
+        return None
+    return (
+        f"the network starts from weights that were trained on {len(stems)} of the "
+        f"{len(lineage.validation)} validation images ({_some(stems)}): the val_ columns say "
+        "little about new images"
+    )
 
 
 def image_digests(pairs: Sequence[Pair]) -> list[str]:
@@ -157,6 +178,12 @@ def _lineage(fields: dict[str, Any]) -> Lineage:
         for part in ("training", "validation")
     )
     return Lineage(origin, training, validation)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a run directory holds weights of any kind."""
+    names = [LAST, PREVIOUS, *(f"{phase}.safetensors" for phase in PHASES)]
+    return any((folder / name).exists() for name in names)
 
 
 def _changes(name: str, old: Digests, new: Digests) -> list[str]:

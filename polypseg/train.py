@@ -35,7 +35,7 @@ from polypseg.data.audit import EMPTY_MASK
 from polypseg.distributed import Processes, choose_device, join_processes, leave_processes
 from polypseg.evaluate import evaluate_run, print_evaluation, report_evaluation
 from polypseg.hyper_training import fit_hyper
-from polypseg.lineage import check_resumed, is_begun, make_lineage, read_lineage, write_lineage
+from polypseg.lineage import check_resumed, keep_lineage, make_lineage, warning_on_start
 from polypseg.malloc import keep_freed_memory
 from polypseg.models import build_model
 from polypseg.network_training import train_explicit, train_implicit
@@ -121,9 +121,8 @@ def _open_run(
         _log_warnings(log, warnings)
         write_atomic(file, config.to_yaml().encode())
         write_atomic(folder / "versions.json", json.dumps(versions(), indent=2).encode())
-        # Of a run that an older version began nobody knows what it was begun with.
-        if read_lineage(folder) is None and not is_begun(folder):
-            write_lineage(folder, lineage)
+        if warning := warning_on_start(keep_lineage(folder, lineage)):
+            log.warning(warning)
         results = ResultsCsv(folder / "results.csv", fields(config))
     processes.wait()
     if not processes.first:

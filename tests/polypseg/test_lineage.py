@@ -165,3 +165,29 @@ def test_an_unfinished_explicit_phase_keeps_its_start(
         resume(unfinished, data, "--start-from", str(finished))
     # Nothing reads the first weights once the phase is over.
     resume(Path(shutil.copytree(finished, tmp_path / "copy")), data)
+
+
+def test_validation_images_that_trained_the_first_weights_are_told(
+    finished: Path, data: Path, tmp_path: Path
+) -> None:
+    # Another seed holds out another image, under another name here.
+    mine = Path(shutil.copytree(data, tmp_path / "mine")) / "TrainDataset"
+    for path in (*mine.glob("images/*"), *mine.glob("masks/*")):
+        path.rename(path.with_stem(f"my_{path.stem}"))
+    seed = next(seed for seed in range(9) if held_out(mine, seed) != held_out(data, 0))
+    tuned, start = tmp_path / "tuned", ["--start-from", str(finished)]
+    assert main([str(tuned), "--data", str(mine), *start, *COMMON, f"seed={seed}"]) == 0
+    log = (tuned / "train.log").read_text()
+    told = f"trained on 1 of the 1 validation images (my_{held_out(mine, seed)})"
+    assert log.count("WARNING") == log.count(told) == 1
+    assert main([str(tuned), "--data", str(mine), *COMMON, f"seed={seed}"]) == 0
+    assert (tuned / "train.log").read_text().count(told) == 2  # the start is known without naming
+
+    same = tmp_path / "same"
+    assert main([str(same), "--data", str(data), *start, *COMMON]) == 0
+    assert "WARNING" not in (same / "train.log").read_text()
+
+
+def held_out(data: Path, seed: int) -> str:
+    """The stem of the validation image, without the prefix of a copy."""
+    return split_for(data, seed).val[0].stem.removeprefix("my_")

@@ -108,6 +108,7 @@ def evaluate_run(
     limit: int | None = None,
     device: str | None = None,
     command: str = "",
+    write: bool = True,
 ) -> Evaluation:
     """Evaluate a run and write the results, all together once everything is computed.
 
@@ -128,6 +129,7 @@ def evaluate_run(
         limit: use only the first images of each folder.
         device: where to compute; if None, a GPU where there is one.
         command: the command line, for the record.
+        write: whether to write now; otherwise `write_evaluation` does it later.
 
     Raises:
         DataError: images or masks cannot be used, or `out` holds something else. Nothing is written
@@ -143,7 +145,7 @@ def evaluate_run(
     out = run / EVALUATION if out is None else out
     names = available_solvers(run) if solvers is None else list(dict.fromkeys(solvers))
     check_solver_arguments(names, tol, max_steps)
-    earlier = earlier_files(out)
+    earlier_files(out)  # refuses a foreign folder before any work
     predictors = {
         name: Predictor.from_run(run, name, tol=tol, max_steps=max_steps, device=device)
         for name in names
@@ -171,14 +173,15 @@ def evaluate_run(
     summary.sort(key=lambda row: (protocols.index(row.protocol), list(rows).index(row.data)))
     notes = [NOTES[name] for name in limited if name in NOTES]
     notes += notes_on_seen(lineage, sets, limited)
-    evaluation = Evaluation(out, predictors, limited, protocols, rows, summary, notes)
     settings = {
         "command": command,
         "run": str(run),
         "limit": limit,
         "config": asdict(config),
     }
-    write_evaluation(evaluation, settings, earlier)
+    evaluation = Evaluation(out, predictors, limited, protocols, rows, summary, notes, settings)
+    if write:
+        write_evaluation(evaluation)
     return evaluation
 
 

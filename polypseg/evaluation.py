@@ -21,7 +21,7 @@ PROGRAM = "polypseg-evaluate"
 class Evaluation:
     """What `evaluate_run` did: predictors by solver, pairs by folder, rows by folder and solver.
 
-    ``notes`` is what has to be said beside the figures.
+    ``notes`` is what has to be said beside the figures, ``settings`` what made them.
     """
 
     out: Path
@@ -31,10 +31,16 @@ class Evaluation:
     rows: dict[str, dict[str, list[ImageRow]]]
     summary: list[SummaryRow]
     notes: list[str]
+    settings: dict[str, Any]
 
 
-def write_evaluation(evaluation: Evaluation, settings: dict[str, Any], earlier: set[str]) -> None:
-    """Write all files; those of an earlier evaluation that are not among them go."""
+def write_evaluation(evaluation: Evaluation) -> None:
+    """Write all files; those of an earlier evaluation that are not among them go.
+
+    Raises:
+        DataError: the folder holds something other than an earlier evaluation.
+    """
+    earlier = earlier_files(evaluation.out)
     files = {"summary.csv": to_csv(evaluation.summary, SummaryRow)}
     for folder, by_solver in evaluation.rows.items():
         for solver, rows in by_solver.items():
@@ -42,7 +48,7 @@ def write_evaluation(evaluation: Evaluation, settings: dict[str, Any], earlier: 
     predictors, sets = evaluation.predictors, evaluation.sets
     record = {
         "program": PROGRAM,
-        **settings,
+        **evaluation.settings,
         "protocols": {name: PROTOCOLS[name] for name in evaluation.protocols},
         "intervals": "95 %, bootstrap over images (not over videos or patients)",
         "hd95": "95 % Hausdorff distance of the borders, pixels; the image's diagonal where only "

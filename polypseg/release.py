@@ -6,17 +6,22 @@ import argparse
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from polypseg.checkpoint import CheckpointError, load_weights, save_weights, write_atomic
 from polypseg.evaluate import evaluate_run
-from polypseg.evaluation import Evaluation
+from polypseg.evaluation import Evaluation, write_evaluation
+from polypseg.lineage import RECORD, read_lineage
+from polypseg.model_card import Facts, model_card, tells_start
 from polypseg.released import RELEASED
+from polypseg.report import EVALUATION
 from polypseg.run_config import load_run_config
-from polypseg.testsets import NOTES, find_test_sets
+from polypseg.testsets import find_test_sets
 
 PHASES = ("implicit", "hyper")
 CHECKSUMS = "SHA256SUMS"
@@ -24,16 +29,15 @@ CARD = "README.md"
 
 
 def write_release(run: Path, out: Path) -> None:
-    """Copy what prediction needs of a run: its configuration and its weights in half precision.
+    """Copy what prediction needs of a run, its weights in half precision, and its record.
 
     Raises:
         CheckpointError: the run lacks a phase, a weight does not fit into half precision, or
-            ``out`` is the run.
+            ``out`` is the run or a file. Nothing is written then.
     """
-    if out.resolve() == run.resolve():
-        raise CheckpointError(f"{out}: a release must not replace the run that it is made of")
+    _refuse_folder(run, out)
     tensors = {phase: load_weights(run / f"{phase}.safetensors") for phase in PHASES}
-    for phase, (weights, metadata) in tensors.items():
+    for phase, (weights, _) in tensors.items():
         halved = {
             key: value.half() if value.dtype == torch.float32 else value
             for key, value in weights.items()
@@ -43,9 +47,13 @@ def write_release(run: Path, out: Path) -> None:
             raise CheckpointError(
                 f"{run}: {', '.join(overflown)} of {phase} do not fit into half precision"
             )
-        save_weights(out / f"{phase}.safetensors", halved, metadata)
+        weights.update(halved)
+    for phase, (weights, metadata) in tensors.items():
+        save_weights(out / f"{phase}.safetensors", weights, metadata)
     for name in ("config.yaml", "versions.json"):
         write_atomic(out / name, (run / name).read_bytes())
+    if (run / RECORD).exists():
+        write_atomic(out / RECORD, (run / RECORD).read_bytes())
     sums = [
         f"{hashlib.sha256((out / f'{phase}.safetensors').read_bytes()).hexdigest()}  "
         f"{phase}.safetensors\n"
@@ -54,67 +62,69 @@ def write_release(run: Path, out: Path) -> None:
     write_atomic(out / CHECKSUMS, "".join(sums).encode())
 
 
-def write_card(out: Path, evaluation: Evaluation, data: str) -> None:
-    """Write the model card beside the weights.
+def release(
+    run: Path, out: Path, data: Path, trained_on: str, pretraining: str | None, command: str
+) -> None:
+    """Release a run with the card and the evaluation of its half-precision weights.
 
-    Args:
-        out: what `write_release` wrote.
-        evaluation: of these very weights.
-        data: what the model was trained on, in words.
+    All of it is made elsewhere first, so that ``out`` stays as it is if anything goes wrong.
+
+    Raises:
+        CheckpointError: as `write_release`.
+        DataError: as `evaluate_run`.
     """
-    config = load_run_config(out / "config.yaml")
-    versions = json.loads((out / "versions.json").read_text())
-    rows = [
-        f"| {row.data} | {row.solver} | {row.protocol} | {row.images} | {100 * row.mDice:.2f} "
-        f"[{100 * row.mDice_low:.1f}, {100 * row.mDice_high:.1f}] | {100 * row.mIoU:.2f} | "
-        f"{row.evaluations_mean:.1f} | {row.seconds_median:.3f} |"
-        for row in evaluation.summary
-    ]
-    chosen = "" if out.resolve() == RELEASED else f" --run models/{out.name}"
-    notes = [f"- {NOTES[name]}" for name in evaluation.rows if name in NOTES]
-    text = f"""# {config.model.name}, released weights
+    _refuse_folder(run, out)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder)
+        write_release(run, made)
+        config = load_run_config(made / "config.yaml")
+        classes = config.model.classes
+        evaluation = evaluate_run(
+            made,
+            find_test_sets([data], classes),
+            out=out / EVALUATION,
+            protocols=("default", "pranet", "paper") if classes == 1 else ("default", "paper"),
+            command=command,
+            write=False,
+        )
+        facts = Facts(
+            config,
+            read_lineage(made),
+            json.loads((made / "versions.json").read_text()),
+            trained_on,
+            pretraining,
+            _use(out),
+            evaluation.summary,
+            evaluation.notes,
+        )
+        _place(made, out, evaluation, model_card(facts, CHECKSUMS))
 
-Colon-polyp segmentation by a deep equilibrium model (MiT-B0 encoder, UNet decoder) with a
-HyperSolver. **Research use only. It is not a medical device and must not guide diagnosis or
-treatment.**
 
-- `implicit.safetensors` is the network, `hyper.safetensors` the HyperSolver; both are stored
-  in half precision and computed in single. `sha256sum -c {CHECKSUMS}` checks them.
-- `polypseg-predict IMAGE{chosen}` in a clone of the repository uses them.
+def _refuse_folder(run: Path, out: Path) -> None:
+    if out.resolve() == run.resolve():
+        raise CheckpointError(f"{out}: a release must not replace the run that it is made of")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; give a folder for the release")
 
-## Training
 
-- Data: {data}
-- Pretraining of the encoder: MiT-B0 trained on ImageNet-1k, then ADE20K, stored once as uint8 and
-  dequantised (the paper's encoder was trained on ImageNet only).
-- Settings: `config.yaml`; versions and machine: `versions.json` (commit
-  {versions["git_commit"]}).
-- No checkpoint, threshold or setting was chosen on a test image.
+def _use(out: Path) -> str:
+    """The arguments by which `polypseg-predict` finds a release."""
+    if out.resolve() == RELEASED:
+        return ""
+    beside = out.resolve().parent == RELEASED.parent
+    return f" --run {'models/' if beside else ''}{out.name}"
 
-## Metrics
 
-Of these half-precision weights; Dice and IoU are means over images in per cent, Dice with a 95 %
-bootstrap interval; seconds per image at batch 1 on the machine of `evaluation/summary.json`.
-
-| data | solver | protocol | images | Dice | IoU | evaluations of f | seconds |
-|---|---|---|---|---|---|---|---|
-{chr(10).join(rows)}
-
-{chr(10).join(notes)}
-
-## Limits
-
-- Trained on still frames of two sources that each show a polyp; on normal mucosa, other devices,
-  bowel preparation or populations it was not measured.
-- It marks pixels; it does not tell kinds of polyps apart and gives no calibrated confidence.
-
-## Licence
-
-The encoder comes from SegFormer's weights, which carry NVIDIA's non-commercial licence; treat these
-weights alike. CVC-ClinicDB is for research and educational purposes only; Kvasir-SEG is also part
-of HyperKvasir (CC BY 4.0).
-"""
-    write_atomic(out / CARD, text.encode())
+def _place(made: Path, out: Path, evaluation: Evaluation, card: str) -> None:
+    for path in sorted(made.iterdir()):
+        write_atomic(out / path.name, path.read_bytes())
+    if not (made / RECORD).exists():
+        (out / RECORD).unlink(missing_ok=True)  # of an earlier release
+    write_evaluation(replace(evaluation, settings={**evaluation.settings, "run": str(out)}))
+    # The rows per image are the run's to keep; the card has what users of the weights need.
+    for table in evaluation.out.glob("*-*.csv"):
+        table.unlink()
+    write_atomic(out / CARD, card.encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,18 +134,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--trained-on", required=True, metavar="TEXT", help="for the card")
+    parser.add_argument(
+        "--pretraining",
+        metavar="TEXT",
+        help=f"what the weights started from, for the card; needed unless RUN/{RECORD} tells",
+    )
     options = parser.parse_args(argv)
-    write_release(options.run, options.out)
-    evaluation = evaluate_run(
+    if options.pretraining is None and not tells_start(read_lineage(options.run)):
+        parser.error(
+            f"--pretraining TEXT is needed: {options.run / RECORD} is missing or does not tell all "
+            "that the weights started from"
+        )
+    release(
+        options.run,
         options.out,
-        find_test_sets([options.data]),
-        protocols=("default", "pranet", "paper"),
+        options.data,
+        options.trained_on,
+        options.pretraining,
         command=f"python -m polypseg.release {options.run} {options.out}",
     )
-    write_card(options.out, evaluation, options.trained_on)
-    # The rows per image are the run's to keep; the card has what users of the weights need.
-    for table in evaluation.out.glob("*-*.csv"):
-        table.unlink()
     print(f"Released: {options.out}")
     return 0
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from polypseg.checkpoint import CheckpointError, load_into
+import torch
+from torch import Tensor
+
+from polypseg.checkpoint import CheckpointError, load_into, load_weights
 from polypseg.config import ConfigError, ModelConfig
 from polypseg.models import SegmentationModel, load_pretrained
 from polypseg.run_config import load_run_config
@@ -19,8 +22,8 @@ class Start:
     Attributes:
         encoder_weights: file of a SegFormer encoder; the rest of the network stays random.
         run: run directory, or a released model, of the same network, to fine-tune: all weights of
-            its explicit phase or, where it lacks those, of its implicit one. Only with another
-            number of classes does the last layer stay random.
+            its explicit phase or, where it lacks those, of its implicit one. With another number of
+            classes the last layer is made over to tell polyp from none as before.
     """
 
     encoder_weights: Path | None = None
@@ -64,15 +67,32 @@ class Start:
                 f"--start-from {run}: it has neither {PHASES[0]}.safetensors nor "
                 f"{PHASES[1]}.safetensors; train its explicit phase first"
             )
-        fresh: list[str] = []
-        if theirs.classes != config.classes:
-            last = f"head.{len(model.head) - 1}."
-            fresh = [key for key in model.state_dict() if key.startswith(last)]
-        load_into(model, found, what=f"model {config.name}", leave_out=fresh)
-        note = (
-            f"; its last layer starts from random weights, for {config.classes} instead of "
-            f"{theirs.classes} classes"
-            if fresh
-            else ""
+        what = f"model {config.name}"
+        if theirs.classes == config.classes:
+            load_into(model, found, what=what)
+            return f"the network starts from {found}"
+        last = f"head.{len(model.head) - 1}."
+        kept = [key for key in model.state_dict() if key.startswith(last)]
+        load_into(model, found, what=what, leave_out=kept)
+        tensors, _ = load_weights(found)
+        with torch.no_grad():
+            for key in kept:
+                own = model.get_parameter(key)
+                own.copy_(_with_classes(tensors[key], config.classes))
+        return (
+            f"the network starts from {found}; its last layer tells {config.classes} classes as it "
+            f"told {theirs.classes}: the same pixels are polyp"
         )
-        return f"the network starts from {found}{note}"
+
+
+def _with_classes(weights: Tensor, classes: int) -> Tensor:
+    """Weight or bias (classes, ...) of a last layer, made from one for another number of classes.
+
+    One class has the logit of polyp against none; three have background, whose logit becomes 0, and
+    two kinds of polyp, which get that logit each, so that the network marks what it marked and
+    learns the kinds from there. (Random weights would take longer to learn than the rest of a
+    fine-tuning.)
+    """
+    if classes == 1:
+        return weights[1:].mean(0, keepdim=True) - weights[:1]
+    return torch.cat([torch.zeros_like(weights), weights.expand(classes - 1, *weights.shape[1:])])

@@ -60,21 +60,36 @@ def test_explicit_weights_are_preferred(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["polypdeq-add", "mdeq", "segformer-b0"])
-def test_other_classes_draw_the_last_layer_anew(name: str, tmp_path: Path) -> None:
+def test_other_classes_begin_with_the_same_pixels(name: str, tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", f"model.name={name}")
-    config = model_config(f"model.name={name}", "model.classes=3")
-    model = build_model(config)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert "for 3 instead of 1 classes" in Start(run=run).load(model, config)
-    theirs, _ = load_weights(run / "explicit.safetensors")
-    kept = set()
-    for key, value in model.state_dict().items():
-        if value.shape == theirs[key].shape and torch.equal(value, theirs[key]):
-            continue
-        assert torch.equal(value, before[key])
-        kept.add(key.rpartition(".")[2])
-        assert key.startswith("head.")
-    assert kept == {"weight", "bias"}
+    one = model_config(f"model.name={name}")
+    three = model_config(f"model.name={name}", "model.classes=3")
+    binary, several, back = build_model(one), build_model(three), build_model(one)
+    Start(run=run).load(binary, one)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():  # so that half of the pixels are polyp
+        binary.get_parameter(f"head.{len(binary.head) - 1}.bias").sub_(
+            binary.eval().explicit(images).logits.median()
+        )
+    save_weights(run / "explicit.safetensors", binary.state_dict(), {})
+    assert "tells 3 classes as it told 1" in Start(run=run).load(several, three)
+    other = tmp_path / "three"
+    other.mkdir()
+    (other / "config.yaml").write_text(
+        make_config(overrides=[f"model.name={name}", "model.classes=3"]).to_yaml()
+    )
+    save_weights(other / "explicit.safetensors", several.state_dict(), {})
+    assert "tells 1 classes as it told 3" in Start(run=other).load(back, one)
+
+    with torch.no_grad():
+        logits, classes, again = (
+            model.eval().explicit(images).logits for model in (binary, several, back)
+        )
+    polyp = logits[:, 0] > 0
+    assert polyp.any()
+    assert not polyp.all()
+    torch.testing.assert_close(classes.argmax(1) > 0, polyp)
+    torch.testing.assert_close(again, logits)
 
 
 @pytest.mark.parametrize(

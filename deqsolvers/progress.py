@@ -93,7 +93,7 @@ class Progress:
         if self.options.tol is not None:
             fine &= residual > self.options.tol
             fine &= residual < _STALL_FACTOR * self._mark
-        elif residual is not size:
+        elif step == 0:
             fine &= residual > 0  # f(z) may have overflowed where its entries did not
         if not torch.equal(fine, self.running):  # which are all true here
             return None

@@ -12,7 +12,7 @@ import pickle
 import secrets
 import shutil
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,19 +128,23 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_into(
-    module: nn.Module, path: Path, *, what: str, leave_out: Collection[str] = ()
+    module: nn.Module,
+    path: Path,
+    *,
+    what: str,
+    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> dict[str, str]:
     """Load a weights file into a module, all of it or nothing, and return the file's metadata.
 
     `what` names the module in messages, for example "encoder". Every key and shape is compared
-    before the first value is copied. Keys in `leave_out` keep the module's own values.
+    before the first value is copied. `adapt` makes the module's tensors of those of the file.
 
     Raises:
         CheckpointError: the file cannot be read, or its keys or shapes are not the module's.
     """
     tensors, metadata = load_weights(path)
     own = module.state_dict()
-    tensors.update({key: own[key] for key in leave_out})
+    tensors = adapt(tensors) if adapt is not None else tensors
     faults = {
         "missing in the file": [key for key in own if key not in tensors],
         "unknown to the model": [key for key in tensors if key not in own],

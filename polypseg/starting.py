@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polypseg.checkpoint import CheckpointError, load_into, load_weights
+from polypseg.checkpoint import CheckpointError, load_into
 from polypseg.config import ConfigError, ModelConfig
 from polypseg.models import SegmentationModel, load_pretrained
 from polypseg.run_config import load_run_config
@@ -72,13 +72,14 @@ class Start:
             load_into(model, found, what=what)
             return f"the network starts from {found}"
         last = f"head.{len(model.head) - 1}."
-        kept = [key for key in model.state_dict() if key.startswith(last)]
-        load_into(model, found, what=what, leave_out=kept)
-        tensors, _ = load_weights(found)
-        with torch.no_grad():
-            for key in kept:
-                own = model.get_parameter(key)
-                own.copy_(_with_classes(tensors[key], config.classes))
+
+        def adapt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                key: _with_classes(value, config.classes) if key.startswith(last) else value
+                for key, value in tensors.items()
+            }
+
+        load_into(model, found, what=what, adapt=adapt)
         return (
             f"the network starts from {found}; its last layer tells {config.classes} classes as it "
             f"told {theirs.classes}: the same pixels are polyp"

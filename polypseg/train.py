@@ -110,7 +110,8 @@ def _open_run(
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock_folder(folder))
         remove_unfinished(folder)
-        lineage = make_lineage(_split(data, config), start)
+        split = _split(data, config)
+        lineage = make_lineage(split, start)
         check_resumed(folder, lineage)
         log = setup_log(folder / "train.log")
         file = folder / "config.yaml"
@@ -130,7 +131,7 @@ def _open_run(
         log = logging.getLogger("polypseg.other")  # the first process tells
         log.setLevel(logging.CRITICAL)
         results = ResultsCsv(folder / "results.csv", fields(config))
-    split = _split(data, config)
+        split = _split(data, config)
     log.info(
         "%d training and %d validation images of %s (%s); device %s, %d processes, %d threads",
         *(len(split.train), len(split.val), data, split.rule),

@@ -123,7 +123,7 @@ def iterate(
     if z0 is None:
         z0 = widen(solver.start(*inputs))
         if z0 is None:
-            raise ValueError(f"z0 is needed: {solver!r} has no initializer")
+            raise ValueError(f"z0 is needed: {type(solver).__name__} has no initializer")
     layout = Layout.of(z0, computed_in=autocast.dtype)
     # A copy, so that nothing that f does to z can reach the caller's z0.
     z = layout.flatten(z0).clone()

@@ -18,7 +18,7 @@ MODELS = ("polypdeq-add", "polypdeq-res", "mdeq", *SEGFORMERS)
 CLASSES = (1, 3)
 TRAIN_ON = ("split", "all")
 PRECISIONS = ("fp32", "bf16", "fp16")
-INITIALIZERS = ("convolution", "deep")
+INITIALIZERS = ("zero", "convolution", "deep")
 CLASSIC_SOLVERS = ("picard", "anderson", "broyden")
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one everywhere
 

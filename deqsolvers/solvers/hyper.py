@@ -92,7 +92,9 @@ class HyperSolver(nn.Module, Solver):
     rest to a classic solver.
 
     Args:
-        initializer: called with f's inputs; returns a state.
+        initializer: called with f's inputs; returns a state. None starts where the layer does
+            (``z0`` of `DEQ` or `fixed_point`), which is beyond the papers: the first residual then
+            says more about the sample, and nothing is spent on a guess.
         network: maps a series of pooled residuals (B, k, features) to alpha (B, k) and beta (B, 1);
             its ``memory`` is m, the past pairs kept beside the current one.
         pool: maps a residual, in the structure of the state, to (B, features).
@@ -105,7 +107,7 @@ class HyperSolver(nn.Module, Solver):
 
     def __init__(
         self,
-        initializer: nn.Module,
+        initializer: nn.Module | None,
         network: nn.Module,
         pool: Callable[[Any], Tensor],
         preconditioner: nn.Module | None = None,
@@ -128,6 +130,7 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
+        initializer: bool = True,
         initializer_width: int = 100,
         rank: int = 0,
     ) -> HyperSolver:
@@ -138,11 +141,14 @@ class HyperSolver(nn.Module, Solver):
             inputs: features of the first input; as the state if None.
             memory: m, past pairs beside the current one.
             width: of the alpha/beta network, a multiple of 8.
+            initializer: False starts where the layer does instead of from a learned guess.
             initializer_width: inner width of the initializer.
             rank: of a `VectorPreconditioner`; 0 for none, as in the paper.
         """
         return HyperSolver(
-            VectorInitializer(inputs or features, features, initializer_width),
+            VectorInitializer(inputs or features, features, initializer_width)
+            if initializer
+            else None,
             AlphaBetaNetwork(features, memory, width),
             pool_vectors,
             VectorPreconditioner(features, rank) if rank else None,
@@ -155,6 +161,7 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
+        initializer: bool = True,
         initializer_width: int = 100,
         causal: bool = False,
         rank: int = 0,
@@ -164,7 +171,9 @@ class HyperSolver(nn.Module, Solver):
         ``causal`` keeps later inputs out of the initializer.
         """
         return HyperSolver(
-            SequenceInitializer(inputs or features, features, initializer_width, causal=causal),
+            SequenceInitializer(inputs or features, features, initializer_width, causal=causal)
+            if initializer
+            else None,
             AlphaBetaNetwork(features, memory, width),
             pool_sequences,
             VectorPreconditioner(features, rank) if rank else None,
@@ -177,6 +186,7 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
+        initializer: bool = True,
         deep: bool = False,
         rank: int = 0,
     ) -> HyperSolver:
@@ -186,7 +196,7 @@ class HyperSolver(nn.Module, Solver):
         """
         kind = DeepImageInitializer if deep else ImageInitializer
         return HyperSolver(
-            kind(inputs or channels, channels),
+            kind(inputs or channels, channels) if initializer else None,
             AlphaBetaNetwork(channels, memory, width),
             pool_images,
             ImagePreconditioner(channels, rank) if rank else None,
@@ -199,6 +209,7 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
+        initializer: bool = True,
         strides: Sequence[int] | None = None,
     ) -> HyperSolver:
         """For multi-scale states, a tuple of (B, channels[i], H_i, W_i); they share alpha and beta.
@@ -207,13 +218,15 @@ class HyperSolver(nn.Module, Solver):
         for the sizes and ``strides`` of the scales see `MultiScaleInitializer`.
         """
         return HyperSolver(
-            MultiScaleInitializer(inputs or channels[0], channels, strides=strides),
+            MultiScaleInitializer(inputs or channels[0], channels, strides=strides)
+            if initializer
+            else None,
             AlphaBetaNetwork(sum(channels), memory, width),
             pool_scales,
         )
 
-    def start(self, *inputs: Any) -> Any:
-        return self.initializer(*inputs)
+    def start(self, *inputs: Any) -> Any | None:
+        return None if self.initializer is None else self.initializer(*inputs)
 
     def init(self, z: Tensor, layout: Layout) -> _HyperMemory:
         return _HyperMemory(

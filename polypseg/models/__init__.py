@@ -73,17 +73,21 @@ def build_solver(name: str, memory: int) -> Solver:
 def build_hypersolver(model: ImplicitModel, config: HyperConfig) -> HyperSolver:
     """An untrained HyperSolver for the model's state: one map of PolypDEQ, four of MDEQ.
 
-    ``config.initializer`` and ``config.rank`` count for PolypDEQ only.
+    ``config.rank`` and the kind of learned initializer count for PolypDEQ only.
     """
+    learned = config.initializer != "zero"
     if isinstance(model, PolypDEQ):
         return HyperSolver.for_images(
             model.encoder.channels[0],
             memory=config.memory,
             width=config.width,
+            initializer=learned,
             deep=config.initializer == "deep",
             rank=config.rank,
         )
-    return HyperSolver.for_scales(CHANNELS, memory=config.memory, width=config.width)
+    return HyperSolver.for_scales(
+        CHANNELS, memory=config.memory, width=config.width, initializer=learned
+    )
 
 
 __all__ = [

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from deqsolvers import DEQ, HyperSolver, Picard, Status, fit_hypersolver, fixed_point
+from deqsolvers.hypersolver.fit import measure_distances
 from deqsolvers.hypersolver.initializers import MultiScaleInitializer, SequenceInitializer
 from deqsolvers.hypersolver.network import pool_scales, pool_sequences
 from deqsolvers.hypersolver.preconditioners import ImagePreconditioner, VectorPreconditioner
@@ -194,3 +196,49 @@ def test_a_preconditioner_takes_newtons_step_on_a_linear_map() -> None:
 def test_an_alpha_beta_network_refuses_groups_that_do_not_divide_its_width() -> None:
     with pytest.raises(ValueError, match="groups must divide width=20"):
         HyperSolver.for_vectors(4, width=20)
+
+
+WITHOUT = {
+    "vectors": (HyperSolver.for_vectors(6, initializer=False), torch.zeros(3, 6)),
+    "sequences": (HyperSolver.for_sequences(6, initializer=False), torch.zeros(3, 5, 6)),
+    "images": (HyperSolver.for_images(6, initializer=False, deep=True), torch.zeros(3, 6, 4, 4)),
+    "scales": (
+        HyperSolver.for_scales([6, 2], initializer=False),
+        (torch.zeros(3, 6, 4, 4), torch.zeros(3, 2, 2, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_without_an_initializer_it_starts_where_the_layer_does(kind: str) -> None:
+    """The first residual is f(z0) - z0, and nothing else of the solver has weights."""
+    hyper, zeros = WITHOUT[kind]
+    half = pytree.tree_map(lambda leaf: leaf + 0.5, zeros)
+    seen = []
+
+    def f(z: object, x: Tensor) -> object:
+        seen.append(z)
+        return pytree.tree_map(lambda leaf: 0.5 * leaf, z)
+
+    x = torch.ones(3, 1)
+    DEQ(f, hyper, z0=lambda x: half).solve(x)
+    torch.testing.assert_close(seen[0], half)
+    assert {name.partition(".")[0] for name, _ in hyper.named_parameters()} == {"network"}
+    with pytest.raises(ValueError, match="z0 is needed: HyperSolver has no initializer"):
+        fixed_point(f, None, (x,), solver=hyper)
+
+
+def test_without_an_initializer_it_learns_to_step() -> None:
+    """Half of plain iteration's distance, after the same three evaluations from zero."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(8, 8))[0]
+    matrix = basis @ torch.diag(torch.linspace(-0.3, 0.9, 8)) @ basis.T
+    deq = DEQ(lambda z, x: z @ matrix + x, tol=1e-5, max_steps=300)
+    train = [torch.randn(64, 8) for _ in range(30)]
+    test = [torch.randn(64, 8)]
+    hyper = HyperSolver.for_vectors(8, initializer=False, rank=8)
+    fit_hypersolver(hyper, deq, train, epochs=6, steps=3, lr=1e-2, cache=True)
+    learned = measure_distances(hyper, deq, test, 3)[0].mean(1)
+    plain = measure_distances(Picard(), deq, test, 3)[0].mean(1)
+    assert learned[0] == plain[0] == 1
+    assert learned[3] < 0.5 * plain[3]

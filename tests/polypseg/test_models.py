@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from deqsolvers import Anderson, Broyden, Implicit, fixed_point
 from deqsolvers.state import Layout
@@ -272,6 +273,19 @@ def test_mdeq_trains_through_its_fixed_point_and_takes_a_hypersolver(mdeq: MDEQ)
     for mine, its in zip(learned.initial_state(e), hyper.start(e), strict=True):
         assert torch.equal(mine, its)
     for zeros in mdeq.deq.initial_state(e):
+        assert not zeros.any()
+
+
+@pytest.mark.parametrize("name", ["polypdeq-add", "polypdeq-res", "mdeq"])
+def test_a_hypersolver_without_an_initializer_starts_from_zero(name: str) -> None:
+    model = build_implicit_model(ModelConfig(name=name)).eval()
+    hyper = build_hypersolver(model, make_config(overrides=["hyper.initializer=zero"]).hyper)
+    assert hyper.initializer is None
+    with torch.no_grad():
+        started = model.deq.with_solver(hyper).initial_state(
+            model.features(torch.randn(1, 3, 64, 64))
+        )
+    for zeros in pytree.tree_leaves(started):
         assert not zeros.any()
 
 

@@ -33,19 +33,20 @@ SCHEDULE = (
 BASE = "polypdeq-add: phantom, Jacobian 1, HyperSolver m = 5, K = 3"
 # What is changed, the first phase that it changes, the settings.
 CHANGES = {
-    "loss on the way, weight .5": ("implicit", ["implicit.correction=0.5"]),
-    "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
+    "strategy: after, as long": ("implicit", ["implicit.epochs=2"]),
+    "strategy: alternating": ("implicit", ["implicit.epochs=2", "hyper.alternate=1"]),
+    "HyperSolver: no preconditioner": ("hyper", ["hyper.rank=0"]),
+    "HyperSolver: paper's initializer": ("hyper", ["hyper.initializer=convolution"]),
+    "HyperSolver: start from zero": ("hyper", ["hyper.initializer=zero"]),
+    "HyperSolver: K = 6": ("hyper", ["hyper.steps=6"]),
+    "implicit learning rate / 4": ("implicit", ["implicit.lr=5e-5"]),
     "backward: jacobian-free": ("implicit", ["implicit.backward=jacobian-free"]),
-    "backward: implicit": ("implicit", ["implicit.backward=implicit"]),
+    "no Jacobian regulariser": ("implicit", ["implicit.jacobian=0"]),
     "HyperSolver: m = 2": ("hyper", ["hyper.memory=2"]),
     "HyperSolver: m = 3": ("hyper", ["hyper.memory=3"]),
     "HyperSolver: m = 4": ("hyper", ["hyper.memory=4"]),
-    "strategy: alternating": ("implicit", ["implicit.epochs=2", "hyper.alternate=1"]),
-    "strategy: after, as long": ("implicit", ["implicit.epochs=2"]),
-    "HyperSolver: no preconditioner": ("hyper", ["hyper.rank=0"]),
-    "HyperSolver: paper's initializer": ("hyper", ["hyper.initializer=convolution"]),
-    "implicit learning rate / 4": ("implicit", ["implicit.lr=5e-5"]),
-    "HyperSolver: K = 6": ("hyper", ["hyper.steps=6"]),
+    "loss on the way, weight .5": ("implicit", ["implicit.correction=0.5"]),
+    "backward: implicit": ("implicit", ["implicit.backward=implicit"]),
 }
 COLUMNS = {
     ("explicit", "val_dice"): "explicit Dice",

@@ -60,3 +60,13 @@ def _runs(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch's answer for a leaf whose gradient autograd.grad was asked for
         return True
+
+
+def refuse_several(gradient: Tensor, name: str) -> None:
+    """NotImplementedError where ``gradient`` stands for several: a solve branches on one."""
+    if torch._C._functorch.is_legacy_batchedtensor(gradient):
+        raise NotImplementedError(
+            f"{name} cannot pass several gradients back at once, as is_grads_batched and "
+            "jacobian(vectorize=True) ask for. Take them one by one (vectorize=False), use "
+            "backward='phantom', or torch.func.jacrev with backward='implicit'"
+        )

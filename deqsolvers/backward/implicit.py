@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from deqsolvers.backward.base import Backward
 from deqsolvers.backward.functional import attach_functional
-from deqsolvers.backward.graph import closure_leaves, refuse_computed_targets
+from deqsolvers.backward.graph import closure_leaves, refuse_computed_targets, refuse_several
 from deqsolvers.fixed_point import iterate
 from deqsolvers.modes import forward_mode, physical, transforming, undifferentiated
 from deqsolvers.options import Options
@@ -221,6 +221,7 @@ class _ImplicitGradient(torch.autograd.Function):
         nothing = (None,) * 7
         if v is None:  # a closed gate stands between this pass and the output
             return (*nothing, None, *(None for _ in sources))
+        refuse_several(v, "Implicit")
         if not torch.is_grad_enabled():
             u = ctx.method.adjoint(lambda u: _vjp(recorded, leaf, u), v, ctx.solution)
             return (*nothing, u, *(None for _ in sources))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deqsolvers.backward.base import Backward, on_matrices
+from deqsolvers.backward.graph import refuse_several
 from deqsolvers.fixed_point import iterate
 from deqsolvers.modes import forward_mode, transforming
 from deqsolvers.options import Options
@@ -98,4 +99,5 @@ class _ShineGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        refuse_several(grads[0], "Shine")
         return None, None, ctx.adjoint(grads[0])

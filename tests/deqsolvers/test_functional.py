@@ -192,6 +192,25 @@ def test_differentiating_a_mapped_layer_from_outside_is_refused() -> None:
         mapped(X).sum().backward()
 
 
+@pytest.mark.parametrize("backward", ["phantom", "jacobian-free", "unrolled"])
+def test_several_gradients_at_once(backward: str) -> None:
+    deq = layer(backward)
+    found = torch.autograd.functional.jacobian(lambda x: deq(x)[0], X, vectorize=True)
+    torch.testing.assert_close(
+        found, torch.autograd.functional.jacobian(lambda x: deq(x)[0], X), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("backward", ["implicit", "shine"])
+def test_several_gradients_at_once_are_refused_where_each_is_solved_for(backward: str) -> None:
+    deq = layer(backward).with_solver(Broyden())
+    with pytest.raises(NotImplementedError, match=r"one by one \(vectorize=False\).*jacrev"):
+        torch.autograd.functional.jacobian(lambda x: deq(x)[0], X, vectorize=True)
+    x = X.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="is_grads_batched"):
+        torch.autograd.grad(deq(x)[0], x, torch.ones(2, 3, 5).double(), is_grads_batched=True)
+
+
 def test_shine_says_that_it_cannot() -> None:
     deq = layer("shine").with_solver(Broyden())
     with pytest.raises(NotImplementedError, match="Shine knows neither"):

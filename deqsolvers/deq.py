@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,8 @@ from deqsolvers.precision import widen
 from deqsolvers.solution import ConvergenceError, Solution
 from deqsolvers.solvers import Anderson, Solver
 from deqsolvers.solvers.base import check_solver
+
+_OPTIONS = {field.name for field in fields(Options)}
 
 
 class DEQ(nn.Module):
@@ -123,10 +125,19 @@ class DEQ(nn.Module):
             "the DEQ has no floating-point input to take the state's shape from; give z0"
         )
 
-    def with_solver(self, solver: Solver, **changes: Any) -> DEQ:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OPTIONS:
+            raise AttributeError(
+                f"{name} of a DEQ is fixed; deq.with_solver({name}=...) makes a layer that shares "
+                "f and has another"
+            )
+        super().__setattr__(name, value)
+
+    def with_solver(self, solver: Solver | None = None, **changes: Any) -> DEQ:
         """A DEQ that shares f (and its parameters) but solves with ``solver``.
 
         Args:
+            solver: None keeps this layer's.
             changes: any of ``backward``, ``z0``, ``raise_on_failure`` and the options of
                 `fixed_point` that should differ.
         """
@@ -134,6 +145,7 @@ class DEQ(nn.Module):
         options.setdefault("backward", self.backward)
         options.setdefault("z0", self.z0)
         options.setdefault("raise_on_failure", self.raise_on_failure)
+        solver = self.solver if solver is None else solver
         other = DEQ(self.f, solver, **options)
         other.training = self.training  # f's modules, which may differ, keep theirs
         if isinstance(solver, nn.Module):

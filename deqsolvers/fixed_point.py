@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from deqsolvers.buffers import Buffers
 from deqsolvers.modes import physical, transforming, undifferentiated
@@ -22,6 +23,11 @@ from deqsolvers.state import Layout, check_inputs, map_rows
 
 # Dropping decided samples copies the solver's memory; it pays once this share of the batch is gone.
 _DROP_SHARE = 0.2
+
+_WHOLE_BATCH = (
+    "It may use a tensor of the whole batch: pass that through inputs, so that its samples leave "
+    "with the others, or set drop_converged=False"
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ def fixed_point(
         stall_after: a sample whose best residual has not fallen by one per cent for this many
             steps ends as stalled; raise it where a solve crosses long plateaus.
         drop_converged: let decided samples leave the batch when that saves work. Set False if f
-            needs the whole batch (batch statistics, CUDA graphs, shapes compiled in).
+            needs the whole batch (CUDA graphs, shapes compiled in) or couples samples (graphs,
+            batch statistics). With ``final="best"`` a converged sample is then looked at again in
+            every evaluation, and goes on where others have moved it from its fixed point.
         raise_on_failure: raise `ConvergenceError`, which holds the solution, if any sample failed.
         trace: keep every residual in ``Solution.trace``.
         callback: called with a `StepInfo` after every evaluation.
@@ -136,6 +144,7 @@ def iterate(
     mask = HostMask(z.device)
     may_drop = early and options.drop_converged and not torch.is_grad_enabled()
     may_drop = may_drop and not transforming()  # a vmapped dimension has masks of its own
+    evaluate = _explaining(f, batch) if may_drop else f
     rounds = layout.rounds
     residuals: list[Tensor] = []
     calls = rows_evaluated = 0
@@ -156,7 +165,7 @@ def iterate(
             version = _version(z, first=calls == 0)
             before, returned = fz, _version(fz, first=False)  # solvers may remember it
             with autocast.restored():
-                state = f(layout.unflatten(z), *inputs)
+                state = evaluate(layout.unflatten(z), *inputs)
             if calls == 0:
                 layout.check(state, z.shape[0])
             if _changed(z, version) or _changed(before, returned):
@@ -170,8 +179,7 @@ def iterate(
             if fz.shape != z.shape:
                 raise ValueError(
                     f"f returned {fz.shape[0]} samples for the {z.shape[0]} that are left of "
-                    f"{batch}. It may use a tensor of the whole batch: pass that through inputs, "
-                    "so that its samples leave with the others, or set drop_converged=False"
+                    f"{batch}. {_WHOLE_BATCH}"
                 )
             g = torch.sub(fz, z, out=buffers.like(z))
             residual = progress.measure(step, z, fz, g)
@@ -188,7 +196,8 @@ def iterate(
             if early and not progress.all_running:
                 running = mask.read(progress.running)
             if running is not None:
-                if not running.any():
+                # That view may be a step old, and a sample may have been reopened since.
+                if not running.any() and not bool(physical(progress.running).any()):
                     break
                 if may_drop and running.sum() <= (1 - _DROP_SHARE) * running.numel():
                     rows = running.nonzero().squeeze(1).to(z.device, non_blocking=True)
@@ -204,8 +213,7 @@ def iterate(
                 break
             z = update() if z_next is None else z_next
             if running is not None and not running.all():
-                # Decided samples that stay in the batch keep a finite state for f to work on.
-                z = torch.where(progress.running.unsqueeze(1), z, progress.best_z)
+                z = progress.hold(z, reopen=not may_drop)
         if keep_memory and batch and not last:
             solver.step(memory, z, fz, g)  # what the last evaluation taught belongs to it too
     autocast.forget_weights()
@@ -219,6 +227,23 @@ def iterate(
     if keep_memory:
         solution.memory = memory
     return solution
+
+
+def _explaining(f: Callable[..., Any], batch: int) -> Callable[..., Any]:
+    """f, whose failure on a part of the batch says that it is one."""
+
+    def evaluate(z: Any, *inputs: Any) -> Any:
+        try:
+            return f(z, *inputs)
+        except RuntimeError as error:
+            left = pytree.tree_leaves(z)[0].shape[0]
+            if left == batch or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"f failed on the {left} samples that are left of {batch}: {error}. {_WHOLE_BATCH}"
+            ) from error
+
+    return evaluate
 
 
 def _version(z: Tensor, first: bool) -> int | Tensor | None:

@@ -23,7 +23,8 @@ class Options:
     def __post_init__(self) -> None:
         check_count("max_steps", self.max_steps)
         check_count("stall_after", self.stall_after)
-        if self.tol is not None and not (isinstance(self.tol, Real) and self.tol >= 0):
+        number = isinstance(self.tol, Real) and not isinstance(self.tol, bool)
+        if self.tol is not None and not (number and self.tol >= 0):
             raise ValueError(f"tol must be None or a number of at least 0, got {self.tol!r}")
         if self.final not in ("best", "last"):
             raise ValueError(f"final must be 'best' or 'last', got {self.final!r}")

@@ -17,6 +17,9 @@ _STALL_FACTOR = 0.99  # a smaller fall of the best residual does not count as pr
 # start close to an unstable fixed point looks like divergence until another one attracts the path;
 # what grows slowly ends as a stall.
 _DIVERGED_FACTOR = 1e10
+# A residual of a converged sample that rises above this many tolerances is no rounding: f couples
+# samples, and others have moved.
+_REOPEN_FACTOR = 1.1
 _GROWN_FACTOR = 10.0  # the growth that makes a sample that did not converge a diverged one
 # Norms from which on the squares of all that counts in them are normal numbers.
 _SQUARES_FROM = {torch.float32: 1e-15, torch.float64: 1e-145}
@@ -60,6 +63,7 @@ class Progress:
         self._best_g: Tensor | None = None  # f(z) - z at best_z, where its residual is not known
         self._unwritten: int | None = None  # the step that all samples' counters stand at
         self._grown = torch.zeros_like(self.running)  # whether ||g|| is far above its first value
+        self._held: Tensor | None = None  # who is about to be measured at its best_z again
         self._left: _Results | None = None
 
     def measure(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
@@ -121,6 +125,7 @@ class Progress:
         if step == 0:
             self._first = size
             self._scale = torch.maximum(size, _row_norms(fz))
+        self._reopen(residual, size, fz)
         running = self._measured = self.running
         finite = size < torch.inf  # false for NaN too
         # The size decides, not the relative residual: where f blows up, the latter falls.
@@ -141,6 +146,29 @@ class Progress:
         self.running = self.status == _RUNNING
         self.all_running = self._may_look and bool(self.running.all())
         return residual
+
+    def hold(self, z: Tensor, reopen: bool) -> Tensor:
+        """``z`` with decided samples at their best iterate, a finite state for f to work on.
+
+        ``reopen`` lets one that has converged go on where its residual there has risen, which
+        only other samples can do.
+        """
+        if reopen and self.options.tol is not None and self.options.final == "best":
+            self._held = (~self.running) & (self.status > 0)
+        return torch.where(self.running.unsqueeze(1), z, self.best_z)
+
+    def _reopen(self, residual: Tensor, size: Tensor, fz: Tensor) -> None:
+        if self._held is None or self.options.tol is None:
+            return
+        risen = self._held & ~(residual <= _REOPEN_FACTOR * self.options.tol)
+        self._held = None
+        self.running = self.running | risen
+        self.status = torch.where(risen, _RUNNING, self.status).to(torch.int8)
+        self._best_size = torch.where(risen, torch.inf, self._best_size)
+        self._mark = torch.where(risen, torch.inf, self._mark)
+        self._first = torch.where(risen, size, self._first)
+        scale = torch.maximum(size, _row_norms(fz))
+        self._scale = torch.where(risen, scale, self._scale)
 
     def _judge(
         self, step: int, status: Tensor, residual: Tensor, size: Tensor, tol: float

@@ -21,6 +21,8 @@ _WORKING_DTYPES = {
     torch.complex128: torch.float64,
 }
 
+_GUESSED = " (a DEQ that is given no z0 starts from zeros like its first input)"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -144,11 +146,15 @@ class Layout:
             return leaves[0]
         return pytree.tree_unflatten(leaves, self.structure)
 
-    def check(self, state: Any, rows: int, name: str = "z0") -> None:
+    def check(self, state: Any, rows: int, name: str = "z0", maker: str = "f") -> None:
         """Raise ValueError, naming the difference, unless ``state`` has this layout and ``rows``
         rows.
 
         Dtypes may differ: f may compute in half precision (autocast) on an fp32 state.
+
+        Args:
+            name: what errors call the state of this layout.
+            maker: what they call the function that returned ``state``.
         """
         structure = pytree.tree_structure(state)
         try:
@@ -158,18 +164,21 @@ class Layout:
             fits = False
         if not fits or structure.num_nodes != self.structure.num_nodes:
             raise ValueError(
-                f"f must return a state of the structure of {name}, {self.structure}; "
+                f"{maker} must return a state of the structure of {name}, {self.structure}; "
                 f"got {structure}"
             )
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor) or leaf.shape != (rows, *shape):
                 got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(f"f must return the shape of {name}, {(rows, *shape)}; got {got}")
+                hint = _GUESSED if name == "z0" else ""
+                raise ValueError(
+                    f"{maker} must return the shape of {name}, {(rows, *shape)}; got {got}{hint}"
+                )
             if leaf.is_complex() != dtype.is_complex:
-                raise ValueError(f"f returned {leaf.dtype} for a state of {dtype}")
+                raise ValueError(f"{maker} returned {leaf.dtype} for a state of {dtype}")
             if leaf.device != self.device:
                 raise ValueError(
-                    f"f returned a tensor on {leaf.device} for a state on {self.device}"
+                    f"{maker} returned a tensor on {leaf.device} for a state on {self.device}"
                 )
 
 

@@ -112,8 +112,9 @@ def unroll(solver: Solver, deq: DEQ, target: Target, steps: int, mode: Unroll = 
     start = solver.start(*target.inputs)
     if start is None:
         start = deq.initial_state(*target.inputs)
-    layout = Layout.of(start)
-    goal = target.goal
+    layout, goal = target.layout, target.goal
+    layout.check(start, len(goal), name="z*", maker="the initializer")
+    start = layout.unflatten(layout.flatten(start))  # an initializer may order a dict otherwise
     scale = torch.linalg.vector_norm(goal, dim=1).clamp_min(torch.finfo(goal.dtype).tiny)
     states, mixed, residuals = [], [], []
     memories: list[Any] = []

@@ -113,6 +113,10 @@ class HyperSolver(nn.Module, Solver):
         preconditioner: nn.Module | None = None,
     ):
         super().__init__()
+        if not (initializer is None or isinstance(initializer, nn.Module)):
+            raise TypeError(
+                f"initializer must be an nn.Module or None, got a {type(initializer).__name__}"
+            )
         self.initializer = initializer
         self.network = network
         self.pool = pool
@@ -130,7 +134,7 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
-        initializer: bool = True,
+        initializer: nn.Module | bool = True,
         initializer_width: int = 100,
         rank: int = 0,
     ) -> HyperSolver:
@@ -141,14 +145,16 @@ class HyperSolver(nn.Module, Solver):
             inputs: features of the first input; as the state if None.
             memory: m, past pairs beside the current one.
             width: of the alpha/beta network, a multiple of 8.
-            initializer: False starts where the layer does instead of from a learned guess.
+            initializer: False starts where the layer does instead of from a learned guess; a module
+                takes the place of the usual one.
             initializer_width: inner width of the initializer.
             rank: of a `VectorPreconditioner`; 0 for none, as in the paper.
         """
         return HyperSolver(
-            VectorInitializer(inputs or features, features, initializer_width)
-            if initializer
-            else None,
+            _choose(
+                initializer,
+                lambda: VectorInitializer(inputs or features, features, initializer_width),
+            ),
             AlphaBetaNetwork(features, memory, width),
             pool_vectors,
             VectorPreconditioner(features, rank) if rank else None,
@@ -161,7 +167,7 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
-        initializer: bool = True,
+        initializer: nn.Module | bool = True,
         initializer_width: int = 100,
         causal: bool = False,
         rank: int = 0,
@@ -171,9 +177,12 @@ class HyperSolver(nn.Module, Solver):
         ``causal`` keeps later inputs out of the initializer.
         """
         return HyperSolver(
-            SequenceInitializer(inputs or features, features, initializer_width, causal=causal)
-            if initializer
-            else None,
+            _choose(
+                initializer,
+                lambda: SequenceInitializer(
+                    inputs or features, features, initializer_width, causal=causal
+                ),
+            ),
             AlphaBetaNetwork(features, memory, width),
             pool_sequences,
             VectorPreconditioner(features, rank) if rank else None,
@@ -186,7 +195,7 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
-        initializer: bool = True,
+        initializer: nn.Module | bool = True,
         deep: bool = False,
         rank: int = 0,
     ) -> HyperSolver:
@@ -196,7 +205,7 @@ class HyperSolver(nn.Module, Solver):
         """
         kind = DeepImageInitializer if deep else ImageInitializer
         return HyperSolver(
-            kind(inputs or channels, channels) if initializer else None,
+            _choose(initializer, lambda: kind(inputs or channels, channels)),
             AlphaBetaNetwork(channels, memory, width),
             pool_images,
             ImagePreconditioner(channels, rank) if rank else None,
@@ -209,7 +218,7 @@ class HyperSolver(nn.Module, Solver):
         inputs: int | None = None,
         memory: int = 5,
         width: int = 64,
-        initializer: bool = True,
+        initializer: nn.Module | bool = True,
         strides: Sequence[int] | None = None,
     ) -> HyperSolver:
         """For multi-scale states, a tuple of (B, channels[i], H_i, W_i); they share alpha and beta.
@@ -218,9 +227,10 @@ class HyperSolver(nn.Module, Solver):
         for the sizes and ``strides`` of the scales see `MultiScaleInitializer`.
         """
         return HyperSolver(
-            MultiScaleInitializer(inputs or channels[0], channels, strides=strides)
-            if initializer
-            else None,
+            _choose(
+                initializer,
+                lambda: MultiScaleInitializer(inputs or channels[0], channels, strides=strides),
+            ),
             AlphaBetaNetwork(sum(channels), memory, width),
             pool_scales,
         )
@@ -256,3 +266,12 @@ class HyperSolver(nn.Module, Solver):
             direction = layout.flatten(self.preconditioner(residual))
         scaled = torch.mul(beta.to(z.dtype), direction, out=memory.buffers.like(z))
         return memory.z.add_to(scaled, alpha, out=memory.buffers.like(z))
+
+
+def _choose(given: nn.Module | bool, usual: Callable[[], nn.Module]) -> nn.Module | None:
+    """The initializer that a factory was asked for."""
+    if isinstance(given, nn.Module):
+        return given
+    if not isinstance(given, bool):
+        raise TypeError(f"initializer must be True, False or an nn.Module, got {given!r}")
+    return usual() if given else None

@@ -64,7 +64,8 @@ def rivals(learned: Mapping[str, HyperSolver], anderson: Solver) -> dict[str, So
     }
     for name, hyper in learned.items():
         hyper.eval()
-        solvers[f"Anderson from the start of {name}"] = WithStart(anderson, hyper)
+        if hyper.initializer is not None:
+            solvers[f"Anderson from the start of {name}"] = WithStart(anderson, hyper)
         solvers[name] = hyper
         solvers[f"{name}, handing over"] = HandOver(hyper, anderson)
     return solvers

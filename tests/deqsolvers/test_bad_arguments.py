@@ -178,3 +178,41 @@ def test_an_error_inside_f_reaches_the_caller_unchanged() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         fixed_point(failing, torch.zeros(2, 3))
+
+
+def test_an_f_that_uses_a_tensor_of_the_whole_batch_is_explained() -> None:
+    """It fails once samples leave, however it fails: by an error, or by returning all of them."""
+    x = torch.cat([torch.zeros(4, 3), torch.ones(2, 3)])
+
+    def adds(z: Tensor) -> Tensor:
+        return torch.tanh(0.5 * z + x)
+
+    def ignores(z: Tensor) -> Tensor:
+        return torch.tanh(0.5 * z.mean() + x)
+
+    for f in (adds, ignores):
+        with pytest.raises(ValueError, match=r"are left of 6.*pass that through inputs"):
+            fixed_point(f, torch.zeros(6, 3), solver=Picard())
+    assert fixed_point(adds, torch.zeros(6, 3), drop_converged=False).converged.all()
+
+
+def test_a_guessed_state_of_another_shape_is_explained() -> None:
+    wide = torch.nn.Linear(3, 5)
+    with pytest.raises(ValueError, match=r"got \(2, 5\) \(a DEQ that is given no z0 starts from"):
+        DEQ(lambda z, x: wide(x))(torch.zeros(2, 3))
+
+
+def test_options_of_a_layer_are_not_assigned() -> None:
+    deq = DEQ(half, Picard())
+    for name in ("tol", "max_steps", "final"):
+        with pytest.raises(AttributeError, match=rf"deq\.with_solver\({name}=\.\.\.\)"):
+            setattr(deq, name, 1)
+    tighter = deq.with_solver(tol=1e-9, max_steps=7)
+    assert tighter.solver is deq.solver
+    assert (tighter.options.tol, tighter.options.max_steps) == (1e-9, 7)
+
+
+def test_a_tolerance_is_a_number() -> None:
+    for wrong in (True, "1e-4", -1.0, float("nan")):
+        with pytest.raises(ValueError, match="tol must be None or a number of at least 0"):
+            DEQ(half, tol=wrong)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deqsolvers import DEQ, FitEpoch, HyperSolver, Picard, fit_hypersolver
 from deqsolvers.hypersolver.fit import measure_distances
+from deqsolvers.hypersolver.network import AlphaBetaNetwork
 from tests.deqsolvers.maps import ConvolutionMap, TanhMap, normal
 
 SIZE = 8
@@ -238,3 +239,42 @@ def test_a_batch_without_any_fixed_point_is_left_out() -> None:
     )
     assert history[0].skipped == pytest.approx(1 / 97)
     assert history[-1].distances == pytest.approx(clean[-1].distances, rel=0.2)
+
+
+class Halves(nn.Module):
+    """A state of two parts, by name, each moved by the other."""
+
+    def forward(self, z: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        return {"h": torch.tanh(0.5 * z["p"] + x), "p": torch.tanh(0.8 * z["h"] - x)}
+
+
+class GuessHalves(nn.Module):
+    def __init__(self, names: tuple[str, str]):
+        super().__init__()
+        self.parts = nn.ModuleDict({name: nn.Linear(SIZE, SIZE) for name in sorted(names)})
+        self.names = names
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: self.parts[name](x) for name in self.names}
+
+
+def test_an_initializer_may_order_a_dict_in_its_own_way() -> None:
+    zeros = torch.zeros(32, SIZE)
+    deq = DEQ(Halves(), z0=lambda x: {"h": zeros[: len(x)], "p": zeros[: len(x)]})
+    losses = []
+    for names in (("h", "p"), ("p", "h")):
+        torch.manual_seed(0)
+        network = AlphaBetaNetwork(2 * SIZE, memory=3, width=16)
+        hyper = HyperSolver(
+            GuessHalves(names), network, lambda g: torch.cat([g["h"], g["p"]], dim=1)
+        )
+        history = fit_hypersolver(hyper, deq, inputs_of(6), epochs=3, steps=2, lr=1e-2)
+        losses.append(history[-1].distances)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] < 0.8
+
+
+def test_an_initializer_of_another_shape_is_named() -> None:
+    hyper = HyperSolver(nn.Linear(SIZE, SIZE + 1), AlphaBetaNetwork(SIZE), lambda g: g)
+    with pytest.raises(ValueError, match=r"initializer must return the shape of z\*, \(32, 8\)"):
+        fit_hypersolver(hyper, layer(), inputs_of(1), epochs=1)

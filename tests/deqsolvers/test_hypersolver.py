@@ -283,3 +283,18 @@ def test_autocast_touches_neither_the_guess_nor_the_state() -> None:
         solution = fixed_point(problem.f, None, problem.inputs, solver=hyper, tol=2e-2)
     assert solution.converged.all()
     assert solution.z.dtype == torch.float32
+
+
+def test_a_factory_takes_an_initializer_of_ones_own() -> None:
+    own = nn.Linear(6, 6)
+    for hyper in (
+        HyperSolver.for_vectors(6, initializer=own),
+        HyperSolver.for_sequences(6, initializer=own),
+        HyperSolver.for_images(6, initializer=own),
+        HyperSolver.for_scales([6], initializer=own),
+    ):
+        assert hyper.initializer is own
+    with pytest.raises(TypeError, match=r"True, False or an nn\.Module, got 'deep'"):
+        HyperSolver.for_images(6, initializer="deep")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"must be an nn\.Module or None, got a bool"):
+        HyperSolver(False, AlphaBetaNetwork(6), pool_images)  # type: ignore[arg-type]

@@ -267,7 +267,8 @@ def test_mdeq_trains_through_its_fixed_point_and_takes_a_hypersolver(mdeq: MDEQ)
     model.deq = model.deq.with_solver(Anderson(), backward=Implicit(tol=1e-3), max_steps=30)
     model(torch.randn(2, 3, 64, 64)).logits.square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    hyper = build_hypersolver(mdeq, make_config().hyper).eval()
+    settings = make_config(overrides=["hyper.initializer=convolution"]).hyper
+    hyper = build_hypersolver(mdeq, settings).eval()
     e = mdeq.features(torch.randn(1, 3, 64, 64))
     learned = mdeq.deq.with_solver(hyper)
     for mine, its in zip(learned.initial_state(e), hyper.start(e), strict=True):

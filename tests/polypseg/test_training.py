@@ -315,6 +315,7 @@ def test_the_paper_recipe_holds_the_papers_numbers() -> None:
     assert (implicit.epochs, implicit.warm_epochs, implicit.solver) == (100, 5, "broyden")
     assert (implicit.warm_lr, implicit.lr, implicit.max_steps) == (1e-3, 1e-4, 100)
     assert (hyper.epochs, hyper.batch, hyper.lr, hyper.memory, hyper.steps) == (8, 8, 1e-3, 5, 12)
+    assert (hyper.initializer, hyper.rank) == ("convolution", 0)
     assert config.solve.hyper_steps == 12
     assert config.data.scales == (0.75, 1.0, 1.25)
     with pytest.raises(ConfigError, match="no recipe 'unet'; known: demo, mdeq-paper"):

@@ -26,7 +26,8 @@ from polypseg.scores import SummaryRow, read_rows
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
-RUN = "polypdeq-add-256-all"  # the run whose figures the README shows
+RUN = "polypdeq-add-256-all-zero"  # the run whose figures the README shows
+EXPLICIT = "polypdeq-add-256-all"  # whose implicit phase it took over
 # By the paper's name of each system: the run and the solver that stand beside it.
 SYSTEMS = {
     "MDEQ, explicit": ("mdeq-256-all", "explicit"),
@@ -35,12 +36,18 @@ SYSTEMS = {
     "PolypDEQ-add, implicit": (RUN, "anderson"),
     "PolypDEQ-res, implicit": ("polypdeq-res-256-all", "anderson"),
     "HyperPolypDEQ": (RUN, "hyper"),
-    "PolypDEQ-res, HyperSolver": ("polypdeq-res-256-all", "hyper"),
+    "PolypDEQ-res, HyperSolver": ("polypdeq-res-256-all-zero", "hyper"),
 }
 NEOPOLYP_SYSTEMS = {
     "PolypDEQ-add, implicit": ("polypdeq-add-neopolyp-256", "anderson"),
     "HyperPolypDEQ": ("polypdeq-add-neopolyp-256", "hyper"),
 }
+# Of the table about starts: name, solver, folder in results/hypersolver.
+STARTS = (
+    ("HyperSolver from a guess", "HyperSolver", "short-learned-start"),
+    ("HyperSolver from zero", "HyperSolver", "short-zero-start"),
+    ("Anderson, from zero", "Anderson", "short-zero-start"),
+)
 OVERHEAD = ROOT / "benchmarks" / "results" / "cpu-2-cores" / "overhead.csv"
 TIMED = ("Anderson", "Broyden")
 SOLVERS = {
@@ -55,6 +62,8 @@ def readme() -> str:
     """Accuracy and time of the run, beside the paper."""
     run = RESULTS / RUN
     rows = read_rows(run / "evaluation" / "summary.csv", SummaryRow)
+    before = read_rows(RESULTS / EXPLICIT / "evaluation" / "summary.csv", SummaryRow)
+    rows += [row for row in before if row.solver == "explicit"]
     found = {(row.data, row.solver): row for row in rows if row.protocol == "default"}
     lines = [
         "| | Kvasir Dice | ClinicDB Dice | seconds an image (Kvasir) | evaluations of f "
@@ -65,9 +74,11 @@ def readme() -> str:
         kvasir, clinic = found["Kvasir", solver], found["CVC-ClinicDB", solver]
         residual = f"{kvasir.residual_median:.0e} ({kvasir.residual_worst:.1e})"
         residual = "" if solver == "explicit" else residual.replace("e-0", "e-")
+        # Seconds compare within a run only, and the explicit weights' are of another.
+        seconds = "" if solver == "explicit" else f"{kvasir.seconds_median:.3f}"
         lines.append(
             f"| {words} | {100 * kvasir.mDice:.1f} | {100 * clinic.mDice:.1f} "
-            f"| {kvasir.seconds_median:.3f} | {kvasir.evaluations_mean:.3g} | {residual} |"
+            f"| {seconds} | {kvasir.evaluations_mean:.3g} | {residual} |"
         )
     config = load_run_config(run / "config.yaml")
     last = {row["phase"]: row for row in read_epochs(run / "results.csv")}
@@ -84,7 +95,16 @@ def readme() -> str:
     published = [paper[data][0] for data in ("Kvasir", "CVC-ClinicDB")]
     own = [100 * found[data, "hyper"].mDice for data in ("Kvasir", "CVC-ClinicDB")]
     change = [f"{a - b:+.1f}".replace("-", "−") for a, b in zip(own, published, strict=True)]
+    with (RESULTS / "hypersolver" / RUN / "timing.csv").open(newline="") as file:
+        timed = {row["solver"]: row for row in csv.DictReader(file)}
+    passes, faster = (
+        [timed[f"HyperSolver, {count} evaluations"][f"{key}, batch 1"] for count in (2, 3)]
+        for key in ("times an explicit pass", "faster than Broyden-100")
+    )
     closing += (
+        f"Two and three evaluations take {float(passes[0]):.1f} and {float(passes[1]):.1f} times "
+        f"an explicit pass, and {float(faster[0]):.0f} and {float(faster[1]):.0f} times less than "
+        "Broyden-100. "
         f"The paper's HyperPolypDEQ reaches {published[0]} and {published[1]} after 100 + 100 + 8 "
         f"epochs on a GPU; ours differs from it by {change[0]} and {change[1]}."
     )
@@ -147,6 +167,48 @@ def hypersolver() -> str:
     return "\n".join(lines)
 
 
+def starts() -> str:
+    """What a start is worth after two and three evaluations, on images that nothing has seen."""
+    lines = [
+        "| solver | evaluations | distance to z*, mean (worst) | Dice lost, mean (worst image) |",
+        "|---|---|---|---|",
+    ]
+    for name, solver, folder in STARTS:
+        with (RESULTS / "hypersolver" / folder / "stopping.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                count = float(row["evaluations"])
+                if row["solver"] == solver and not row["tolerance"] and count in (2, 3):
+                    distance = f"{float(row['distance to z*']):.3f} ({float(row['worst']):.2f})"
+                    lost = f"{float(row['Dice points lost']):.2f} ({float(row['worst loss']):.1f})"
+                    lines.append(f"| {name} | {count:.0f} | {distance} | {lost} |")
+    return "\n".join(lines)
+
+
+def released() -> str:
+    """Dice of the released networks on z* and with either HyperSolver, and what it costs."""
+    lines = [
+        "| network | set | z* | HyperSolver from a guess (evaluations) | from zero (evaluations) |",
+        "|---|---|---|---|---|",
+    ]
+    for network in ("polypdeq-add", "polypdeq-res"):
+        guess, zero = (
+            {
+                (row.data, row.solver): row
+                for row in read_rows(RESULTS / run / "evaluation" / "summary.csv", SummaryRow)
+                if row.protocol == "default"
+            }
+            for run in (f"{network}-256-all", f"{network}-256-all-zero")
+        )
+        for data in SETS[:2]:
+            cells = [f"{100 * zero[data, 'anderson'].mDice:.2f}"]
+            cells += [
+                f"{100 * row.mDice:.2f} ({row.evaluations_mean:.1f})"
+                for row in (guess[data, "hyper"], zero[data, "hyper"])
+            ]
+            lines.append(f"| {network} | {data} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def speed() -> str:
     """What a step costs beyond f, beside torchdeq."""
     head = [f"{method}: {each}" for method in TIMED for each in ("ours", "torchdeq", "ratio")]
@@ -170,6 +232,8 @@ TABLES = {
     "speed": (ROOT / "README.md", speed),
     "results": (ROOT / "README.md", readme),
     "distances": (ROOT / "docs" / "hypersolver.md", hypersolver),
+    "starts": (ROOT / "docs" / "hypersolver.md", starts),
+    "released": (ROOT / "docs" / "hypersolver.md", released),
 }
 
 

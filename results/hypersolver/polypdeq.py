@@ -76,13 +76,18 @@ class Trained:
             ),
             "HyperSolver, 1 evaluation": (self.hyper, stop_after(1)),
             f"HyperSolver, {EVALUATIONS} evaluations": (self.hyper, stop_after(EVALUATIONS)),
+            f"HyperSolver, {EVALUATIONS + 1} evaluations": (
+                self.hyper,
+                stop_after(EVALUATIONS + 1),
+            ),
             "HyperSolver, stopping by itself": (self.hyper, hyper_options(self.config.solve)),
             "HyperSolver handing over, to 1e-3": (hand_over, sure),
         }
         found: dict[str, Callable[[Tensor], Prediction]] = {
-            "explicit training, one evaluation": load_model(self.run, "explicit")[0],
-            "one evaluation from zero": self.model.explicit,
+            "one evaluation from zero": self.model.explicit
         }
+        if (self.run / "explicit.safetensors").exists():  # not in a released model
+            found["explicit training, one evaluation"] = load_model(self.run, "explicit")[0]
         for name, (solver, options) in deqs.items():
             found[name] = _Solved(self.model, self.model.deq.with_solver(solver, **options))
         return found

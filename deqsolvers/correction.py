@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -59,7 +59,7 @@ def fixed_point_correction(
     if z0 is None:
         z0 = deq.initial_state(*inputs)
     layout = Layout.of(z0)
-    iterates = _Iterates(deq, layout, wanted)
+    iterates = _Iterates(deq.f, layout, wanted)
     watched = DEQ(
         iterates,
         deq.solver,
@@ -81,8 +81,8 @@ def fixed_point_correction(
 class _Iterates:
     """The f of a DEQ that keeps the states it was evaluated at; its first input numbers samples."""
 
-    def __init__(self, deq: DEQ, layout: Layout, wanted: set[int]):
-        self.deq = deq
+    def __init__(self, f: Callable[..., Any], layout: Layout, wanted: set[int]):
+        self.f = f
         self.layout = layout
         self.wanted = wanted
         self.calls = 0
@@ -90,7 +90,7 @@ class _Iterates:
         self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, z: Any, rows: Tensor, *inputs: Any) -> Any:
-        fz = self.deq.f(z, *inputs)
+        fz = self.f(z, *inputs)
         if self.calls in self.wanted:
             finite = self.layout.flatten(fz).detach().isfinite().all(1)
             self.kept[self.calls] = rows, self.layout.flatten(z).detach(), finite.unsqueeze(1)

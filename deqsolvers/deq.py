@@ -29,7 +29,9 @@ class DEQ(nn.Module):
 
     Args:
         f: called as ``f(z, *inputs)``; usually an nn.Module. Returns a state of the structure and
-            shapes of z. All tensors are batch first.
+            shapes of z. All tensors are batch first. Only an nn.Module registers its parameters
+            with the layer: those that a function or a bound method uses get gradients as well, but
+            the layer's ``parameters()``, ``state_dict()`` and ``to()`` do not know them.
         solver: the forward method; `Anderson` with its defaults if None. A solver that is an
             nn.Module (`HyperSolver`) is registered as a submodule.
         backward: "implicit", "phantom", "jacobian-free", "shine", "unrolled" or a `Backward`

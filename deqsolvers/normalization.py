@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from deqsolvers.modules import modules_of
+
 
 @contextlib.contextmanager
 def cached_weights(f: Any) -> Iterator[None]:
@@ -41,13 +43,16 @@ def cached_weights(f: Any) -> Iterator[None]:
     torch keeps one cache for all threads: while one thread trains f, another must not evaluate it.
 
     Args:
-        f: an nn.Module whose submodules are parametrized. Anything else is left alone.
+        f: a module whose submodules are parametrized, or a function, a bound method or a
+            functools.partial that calls such modules. They are looked for in what f closes over,
+            in its defaults, its globals and its attributes; what only a list or a dict holds is
+            left alone.
 
     Raises:
         RuntimeError: another thread evaluates f without gradients, so that this one would lose
             its own.
     """
-    modules = f.modules() if isinstance(f, nn.Module) else ()
+    modules = [module for root in modules_of(f) for module in root.modules()]
     parametrized = [module for module in modules if parametrize.is_parametrized(module)]
     if not parametrized:
         yield
@@ -63,3 +68,21 @@ def cached_weights(f: Any) -> Iterator[None]:
                         "a solve without gradients in another thread; give each thread a copy of f"
                     )
         yield
+
+
+@contextlib.contextmanager
+def forget_unrecorded_weights() -> Iterator[None]:
+    """Around a solve without gradients: weights that it alone computed must not serve what follows.
+
+    Within `cached_weights` torch keeps the weights of all modules, also of those that f calls
+    unseen. The recorded call of f would find theirs without gradients.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    before = set(parametrize._cache)
+    yield
+    for key in set(parametrize._cache) - before:
+        weight = parametrize._cache[key]
+        if weight is not None and not weight.requires_grad:
+            del parametrize._cache[key]

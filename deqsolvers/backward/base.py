@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deqsolvers.fixed_point import iterate
 from deqsolvers.modes import undifferentiated
+from deqsolvers.normalization import forget_unrecorded_weights
 from deqsolvers.options import Options
 from deqsolvers.solution import Solution
 from deqsolvers.solvers import Solver
@@ -32,7 +33,7 @@ class Backward(ABC):
         options: Options,
     ) -> tuple[Any, Solution]:
         """A differentiable state and the forward `Solution`."""
-        with undifferentiated():
+        with undifferentiated(), forget_unrecorded_weights():
             solution = iterate(f, z0, inputs, solver, options)
         return self.attach(f, inputs, solution), solution
 

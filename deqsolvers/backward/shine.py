@@ -14,6 +14,7 @@ from deqsolvers.backward.base import Backward, on_matrices
 from deqsolvers.backward.graph import refuse_several
 from deqsolvers.fixed_point import iterate
 from deqsolvers.modes import forward_mode, transforming
+from deqsolvers.normalization import forget_unrecorded_weights
 from deqsolvers.options import Options
 from deqsolvers.solution import Solution
 from deqsolvers.solvers import Broyden, Solver
@@ -62,7 +63,7 @@ class Shine(Backward):
             )
         # The estimates of samples that left the batch would be lost.
         options = replace(options, drop_converged=False)
-        with torch.no_grad():
+        with torch.no_grad(), forget_unrecorded_weights():
             solution = iterate(f, z0, inputs, solver, options, keep_memory=True)
         memory, solution.memory = solution.memory, None
         layout = Layout.of(solution.z)

@@ -1,5 +1,7 @@
 """Parametrized weights are computed once per solve, and their gradients are right."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from deqsolvers import DEQ, Implicit, Picard, cached_weights
+from deqsolvers import DEQ, Broyden, Implicit, Picard, cached_weights
+from deqsolvers.modules import modules_of
 from tests.problems import normal
 
 EXACT: dict[str, Any] = {
@@ -135,13 +138,87 @@ def test_nothing_stays_cached_after_an_error() -> None:
     assert counting.calls == 2
 
 
-def test_functions_are_left_alone() -> None:
-    f, x = normalised("weight_norm"), normal(3, 5)
-    parameters = list(f.parameters())
-    expected = torch.autograd.grad(by_hand(f, f.linear.weight, x).square().sum(), parameters)
-    z, _ = DEQ(lambda z, x: f(z, x), **EXACT)(x)
-    found = torch.autograd.grad(z.square().sum(), parameters)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+class Plain:
+    """Not a module, but it holds one."""
+
+    def __init__(self, f: Layer):
+        self.f = f
+
+    def __call__(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.f(z, x)
+
+
+def of_its_file(z: Tensor, x: Tensor) -> Tensor:
+    return LAYER_OF_THIS_FILE(z, x)
+
+
+LAYER_OF_THIS_FILE = Layer()
+WRAPPERS: dict[str, Callable[[Layer], Callable[..., Tensor]]] = {
+    "a closure": lambda f: lambda z, x: f(z, x),
+    "a closure over a closure": lambda f: (lambda g: lambda z, x: g(z, x))(lambda z, x: f(z, x)),
+    "a default": lambda f: lambda z, x, f=f: f(z, x),
+    "a keyword's default": lambda f: lambda z, x, *, f=f: f(z, x),
+    "a bound method": lambda f: f.forward,
+    "a bound method of a plain object": lambda f: Plain(f).__call__,
+    "a plain object": lambda f: Plain(f),
+    "a partial": lambda f: partial(lambda f, z, x: f(z, x), f),
+    "a partial's keyword": lambda f: partial(lambda z, x, f: f(z, x), f=f),
+    "a compiled function": lambda f: torch.compile(lambda z, x: f(z, x), backend="eager"),
+    "a decorated function": lambda f: torch.autocast("cpu", enabled=False)(lambda z, x: f(z, x)),
+}
+wrapped = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+
+
+@wrapped
+def test_the_modules_behind_a_function(wrap: Callable[[Layer], Callable[..., Tensor]]) -> None:
+    f = Layer()
+    assert modules_of(wrap(f)) == [f]
+
+
+def test_the_modules_of_a_file() -> None:
+    assert modules_of(of_its_file) == [LAYER_OF_THIS_FILE]
+    assert modules_of(lambda z, x: of_its_file(z, x)) == [LAYER_OF_THIS_FILE]
+    in_one = lambda z, x: sum(LAYER_OF_THIS_FILE(z, x) for _ in range(1))  # noqa: E731
+    assert modules_of(in_one) == [LAYER_OF_THIS_FILE]
+
+
+def test_functions_without_modules() -> None:
+    functional = nn.functional
+    assert modules_of(torch.tanh) == []
+    assert modules_of(lambda z, x: functional.relu(z) + set_later(z, x)) == []
+    set_later = Layer()
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": Picard(), "backward": "unrolled"}])
+@wrapped
+def test_a_function_sees_one_weight_in_a_solve(
+    wrap: Callable[[Layer], Callable[..., Tensor]], options: dict[str, Any]
+) -> None:
+    """In training mode spectral_norm changes the weight at every access."""
+    x, found = normal(3, 5), []
+    for of in (lambda f: f, wrap):
+        f = Layer()
+        f.linear.weight.data = 3 * normal(5, 5, seed=4)
+        torch.manual_seed(0)
+        parametrizations.spectral_norm(f.linear, n_power_iterations=1)
+        norm = behind_weight(f)[0]
+        norm._u, norm._v = (nn.functional.normalize(normal(5, seed=s), dim=0) for s in (8, 9))
+        z, solution = DEQ(of(f), **{**EXACT, **options})(x)
+        assert bool(solution.converged.all())
+        found.append([z, *torch.autograd.grad(z.square().sum(), list(f.parameters())), norm._u])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backward", ["implicit", "phantom", "jacobian-free", "shine"])
+def test_weights_that_are_not_found_keep_their_gradients(backward: str) -> None:
+    """torch caches every module's weights in the block, and the solve comes first."""
+    one, other, x = normalised("weight_norm"), normalised("weight_norm"), normal(3, 5)
+    hidden = [other]
+    deq = DEQ(lambda z, x: one(z, x) + 0.1 * hidden[0](z, x), Broyden(), backward=backward)
+    z, _ = deq(x)
+    for f in (one, other):
+        for gradient in torch.autograd.grad(z.sum(), list(f.parameters()), retain_graph=True):
+            assert bool((gradient != 0).any())
 
 
 def test_the_second_derivative_of_a_normalised_layer() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 
 def closure_leaves(root: Tensor, known: tuple[Tensor, ...]) -> list[Tensor]:
@@ -60,6 +61,23 @@ def _runs(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch's answer for a leaf whose gradient autograd.grad was asked for
         return True
+
+
+def refuse_other_leaves(again: Tensor, known: tuple[Tensor, ...], recorded: list[Tensor]) -> None:
+    """RuntimeError unless ``again`` was computed from the leaves ``recorded``, and from ``known``.
+
+    Else f is another function by now than the one whose gradient is asked for.
+    """
+    # By their nodes: hooks on saved tensors may have made other tensors of them.
+    before = {get_gradient_edge(leaf).node for leaf in recorded if leaf.requires_grad}
+    now = {get_gradient_edge(leaf).node for leaf in closure_leaves(again, known)}
+    if len(before) != len(recorded) or before != now:
+        raise RuntimeError(
+            "with create_graph=True f is evaluated again, and it no longer depends on the same "
+            f"parameters and other leaf tensors: {len(recorded)} in the forward pass, {len(now)} "
+            f"now, {len(before & now)} of them the same. Leave f, the parameters that it uses and "
+            "their requires_grad as they are until the backward pass is over"
+        )
 
 
 def refuse_several(gradient: Tensor, name: str) -> None:

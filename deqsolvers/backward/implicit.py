@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from deqsolvers.backward.again import keep_tensors
 from deqsolvers.backward.base import Backward
 from deqsolvers.backward.functional import attach_functional
-from deqsolvers.backward.graph import closure_leaves, refuse_computed_targets, refuse_several
+from deqsolvers.backward.graph import (
+    closure_leaves,
+    refuse_computed_targets,
+    refuse_other_leaves,
+    refuse_several,
+)
 from deqsolvers.fixed_point import iterate
 from deqsolvers.modes import forward_mode, physical, transforming, undifferentiated
 from deqsolvers.options import Options
@@ -24,6 +30,8 @@ from deqsolvers.solution import ConvergenceWarning, Solution
 from deqsolvers.solvers import Anderson, Solver
 from deqsolvers.solvers.base import check_solver
 from deqsolvers.state import Layout
+
+_Map = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # of z and of what f depends on as inputs
 
 _TOL = 1e-4  # where the precision allows it
 
@@ -115,7 +123,8 @@ class Implicit(Backward):
                 lambda product, v: method.adjoint(product, v, solution),
             )
             return layout.unflatten(fixed)
-        return layout.unflatten(method._attach(matrix_f, fixed, variables, solution))
+        again = keep_tensors(matrix_f, f)
+        return layout.unflatten(method._attach(matrix_f, again, fixed, variables, solution))
 
     def _within(self, dtype: torch.dtype) -> Implicit:
         """This, or where it may choose a copy whose tolerance ``dtype`` can reach."""
@@ -127,14 +136,16 @@ class Implicit(Backward):
 
     def _attach(
         self,
-        f: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+        f: _Map,
+        again: _Map,
         fixed: Tensor,
         variables: tuple[Tensor, ...],
         solution: Solution | None,
     ) -> Tensor:
         """``fixed``, a fixed point of ``f``, with its gradient.
 
-        ``solution`` is that of the forward solve, None where the fixed point is a gradient itself.
+        A pass that is differentiated calls ``again``, which is f as it is now. ``solution`` is that
+        of the forward solve, None where the fixed point is a gradient itself.
         """
         leaf = fixed.detach().requires_grad_()
         aliases = tuple(variable.view_as(variable) for variable in variables)
@@ -144,7 +155,7 @@ class Implicit(Backward):
             return fixed  # f depends on nothing that needs a gradient
         attached = _ImplicitGradient.apply(
             self,
-            f,
+            again,
             solution,
             len(variables),
             tuple(alias.grad_fn for alias in aliases),
@@ -198,7 +209,7 @@ class _ImplicitGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         method: Implicit,
-        f: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+        f: _Map,
         solution: Solution | None,
         count: int,
         aliases: tuple[Any, ...],
@@ -232,11 +243,14 @@ class _ImplicitGradient(torch.autograd.Function):
         z = gate(out)
         variables = tuple(gate(source) for source in sources[: ctx.count])
         again = ctx.f(z, variables)
+        refuse_other_leaves(again, (z, *variables), sources[ctx.count :])
         fixed = ctx.method.adjoint(lambda u: _vjp(again, z, u), v.detach(), ctx.solution)
+
+        def adjoint(u: Tensor, _: tuple[Tensor, ...]) -> Tensor:
+            return v + _vjp(again, z, u, create_graph=True)
+
         # u is a fixed point too, so its gradient is attached in the same way.
-        u = ctx.method._attach(
-            lambda u, _: v + _vjp(again, z, u, create_graph=True), fixed, (), None
-        )
+        u = ctx.method._attach(adjoint, adjoint, fixed, (), None)
         targets = (*variables, *sources[ctx.count :])
         partial = torch.autograd.grad(again, targets, u, create_graph=True, allow_unused=True)
         gate.open = True

@@ -1,5 +1,6 @@
 """First, second and third derivatives of implicit layers by finite differences and unrolling."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -174,3 +175,74 @@ def test_gradient_penalty_on_a_computed_input(compute: Callable[[Tensor], Tensor
             second = torch.autograd.grad(penalty, [x, source, *f.parameters()], retain_graph=True)
             results.append([*slopes, *second])
     torch.testing.assert_close(results[:2], results[2:], rtol=1e-7, atol=1e-9)
+
+
+def test_parameters_that_were_replaced_since_the_forward_pass_do_not_count() -> None:
+    f, x = TanhMap(5, norm=0.7), normal(3, 5, seed=7).requires_grad_()
+    z, _ = exact(f)(x)
+    mine = [x, *f.parameters()]
+    plain = torch.autograd.grad(z.square().sum(), mine, retain_graph=True)
+    replacement = torch.nn.Parameter(torch.zeros_like(f.weight))
+    f.weight = replacement
+    recorded = torch.autograd.grad(z.square().sum(), mine, create_graph=True)
+    torch.testing.assert_close(recorded, plain, rtol=1e-8, atol=1e-10)
+    assert f.weight is replacement
+
+
+def test_parameters_that_changed_in_place_are_an_error_of_torch() -> None:
+    f, x = TanhMap(5, norm=0.7), normal(3, 5, seed=7).requires_grad_()
+    z, _ = exact(f)(x)
+    torch.nn.init.zeros_(f.weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(z.sum(), x, create_graph=True)
+
+
+def test_a_buffer_that_f_replaces_does_not_count_twice() -> None:
+    class Counting(TanhMap):
+        def __init__(self) -> None:
+            super().__init__(5, norm=0.7)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return super().forward(z, x)
+
+    f, x = Counting(), normal(3, 5, seed=7).requires_grad_()
+    z, solution = exact(f)(x)
+    assert f.calls == solution.calls + 1
+    results = [
+        torch.autograd.grad(z.square().sum(), x, create_graph=create_graph, retain_graph=True)
+        for create_graph in (False, True, True)
+    ]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(results[2], results[0], rtol=1e-8, atol=1e-10)
+    assert f.calls == solution.calls + 1
+
+
+@pytest.mark.parametrize("change", ["another", "frozen", "fewer"])
+def test_an_f_that_depends_on_other_leaves_by_then_is_refused(change: str) -> None:
+    used = [small_variables()[1], small_variables()[1]]
+    x = normal(2, 3).requires_grad_()
+    z, _ = exact(lambda z, x: torch.tanh(sum(z @ weight.T for weight in used) / 2 + x))(x)
+    if change == "another":
+        used[1] = small_variables()[1]
+    elif change == "frozen":
+        used[1].requires_grad_(False)
+    else:
+        used.pop()
+    with pytest.raises(RuntimeError, match="no longer depends on the same parameters"):
+        torch.autograd.grad(z.sum(), x, create_graph=True)
+
+
+def test_saved_tensors_may_be_packed_away() -> None:
+    f, x = TanhMap(5, norm=0.7), normal(3, 5, seed=7).requires_grad_()
+    results = []
+    for pack in (False, True):
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.numpy(force=True), torch.tensor
+        )
+        with hooks if pack else contextlib.nullcontext():
+            z, _ = exact(f)(x)
+            (slope,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(slope.square().sum(), [x, *f.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-10)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn.utils import parametrizations
 
 from deqsolvers import (
     DEQ,
@@ -131,6 +132,107 @@ def test_gradients_of_each_sample() -> None:
         )
         mine = [found[name][row] for name in parameters]
         torch.testing.assert_close(mine, list(expected), rtol=1e-7, atol=1e-9)
+
+
+class Model(nn.Module):
+    """A layer whose f is a module, or a function that calls one of this model's; with a buffer."""
+
+    def __init__(self, kind: str = "module", backward: Any = "implicit"):
+        super().__init__()
+        cell = TanhMap(5, norm=0.8)
+        bias = cell.bias.detach()
+        del cell.bias
+        cell.register_buffer("bias", bias)
+        if kind == "weight_norm":
+            parametrizations.weight_norm(cell)
+        functions = {
+            "bound method": cell.forward,
+            "method of the model": self.step,
+            "closure": lambda z, x: self.cell(z, x),
+        }
+        f = functions.get(kind, cell)
+        if backward == "implicit":
+            self.layer = exact(f)
+        else:
+            self.layer = DEQ(f, Broyden(30), backward=backward, tol=1e-12, max_steps=50)
+        if kind in functions:  # else the layer has it
+            self.cell = cell
+
+    def step(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.cell(z, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+KINDS = ["module", "bound method", "method of the model", "closure", "weight_norm"]
+FAMILY = ["implicit", "phantom", "jacobian-free", "unrolled"]
+cases = [("implicit", kind) for kind in KINDS] + [(name, "closure") for name in FAMILY[1:]]
+
+
+def tensors(model: Model) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize(("backward", "kind"), cases)
+def test_a_functional_call_has_the_derivatives_of_what_it_was_lent(
+    backward: str, kind: str
+) -> None:
+    """A recorded pass evaluates f when the module has its own parameters back."""
+    model, owner = Model(kind, backward), Model(kind, backward)
+    mine, x = tensors(model), X.clone().requires_grad_()
+    lent = {name: (0.6 * value.detach()).requires_grad_() for name, value in mine.items()}
+    owner.load_state_dict(lent)
+    owned = {name: value.requires_grad_() for name, value in tensors(owner).items()}
+    results = []
+    for z, given in ((functional_call(model, lent, (x,)), lent), (owner(x), owned)):
+        targets = [x, *given.values()]
+        first = torch.autograd.grad(z.square().sum(), targets, retain_graph=True)
+        recorded = torch.autograd.grad(z.square().sum(), targets, create_graph=True)
+        torch.testing.assert_close(first, recorded, rtol=1e-7, atol=1e-9)
+        second = torch.autograd.grad(sum(part.square().sum() for part in recorded), targets)
+        results.append((first, second))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-9)
+    assert all(value is mine[name] for name, value in tensors(model).items())
+
+
+def test_shine_has_the_gradient_of_what_the_module_was_lent() -> None:
+    model, x = Model("closure", "shine"), X.clone().requires_grad_()
+    lent = {name: 0.6 * value.detach() for name, value in tensors(model).items()}
+    owner = Model("closure", "shine")
+    owner.load_state_dict(lent)
+    found = [functional_call(model, lent, (x,)), owner(x)]
+    slopes = [torch.autograd.grad(z.square().sum(), x)[0] for z in found]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivatives_of_a_functional_call_by_finite_differences() -> None:
+    deq = exact(TanhMap(3, norm=0.8))
+    names = [name for name, _ in deq.named_parameters()]
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return functional_call(deq, dict(zip(names, weights, strict=True)), (x,))[0]
+
+    weights = [0.5 * parameter.detach() for parameter in deq.parameters()]
+    args = [X[:2, :3].clone(), *weights]
+    assert torch.autograd.gradgradcheck(call, [arg.requires_grad_() for arg in args])
+
+
+def test_an_inner_step_of_training_is_differentiated() -> None:
+    """The step's result is lent to the layer, and its own gradient leads to the parameters."""
+    results = []
+    for backward in ("implicit", "unrolled"):
+        deq = layer(backward)
+        mine = dict(deq.named_parameters())
+        loss = deq(X)[0].square().sum()
+        slopes = torch.autograd.grad(loss, list(mine.values()), create_graph=True)
+        stepped = {
+            name: value - 0.1 * slope
+            for (name, value), slope in zip(mine.items(), slopes, strict=True)
+        }
+        again = functional_call(deq, stepped, (X,))[0].square().sum()
+        results.append(torch.autograd.grad(again, list(mine.values()), create_graph=True))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)

@@ -209,7 +209,8 @@ def map_rows(function: Callable[[Tensor], Tensor], inputs: Any, batch: int) -> A
             raise ValueError(
                 f"a tensor in inputs has shape {tuple(leaf.shape)}; its first dimension must be "
                 f"the batch, {batch} as in z0. If z0 (a warm start?) is right, the tensor may be "
-                "one that all samples share: let f close over it"
+                "one that all samples share: let f close over it or, where create_graph=True asks "
+                "for the gradient of a computed one, w, pass w.expand(B, *w.shape), B the batch"
             )
         return function(leaf)
 

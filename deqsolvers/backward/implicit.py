@@ -37,7 +37,8 @@ _TOL = 1e-4  # where the precision allows it
 
 _CLOSED_OVER = (
     "with create_graph=True the gradient of a computed tensor that f closes over is not known; "
-    "pass that tensor to the DEQ as an input of f"
+    "pass that tensor to the DEQ as an input of f. One that all samples share, w, goes in as "
+    "w.expand(B, *w.shape), for a batch of B, and f multiplies by it with torch.bmm, say"
 )
 _THIRD_DERIVATIVE = (
     "Implicit gives third and higher derivatives with respect to leaf tensors only, not to a "

@@ -13,6 +13,7 @@ torchdeq's wishes are kept: ``max_iter`` counts evaluations of f, the tolerance 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,11 +45,12 @@ def register() -> None:
     - "deqsolvers_picard", with ``tau``.
 
     All know ``max_iter``, ``tol``, ``stop_mode``, ``indexing`` and ``return_final`` too. Any other
-    option is a TypeError rather than silently ignored; Anderson's ``lam`` is among them, since our
-    regularisation is relative and needs no tuning.
+    option, which torchdeq's own solvers would ignore, is a TypeError that lists these and says what
+    to do instead of one of torchdeq's.
     """
     for solver in (_anderson, _anderson_type_one, _broyden, _newton_krylov, _picard):
-        register_solver(f"deqsolvers{solver.__name__}", solver)
+        name = f"deqsolvers{solver.__name__}"
+        register_solver(name, _checked(name, solver))
 
 
 def info_from_solution(solution: Solution, relative: bool = True) -> dict[str, Tensor]:
@@ -78,6 +80,38 @@ def info_from_solution(solution: Solution, relative: bool = True) -> dict[str, T
 
 
 _Result = tuple[Any, list[Any], dict[str, Tensor]]
+
+# What to do instead of torchdeq's options, where a solver of ours does not have them.
+_INSTEAD = {
+    "lam": "leave lam out: regularisation is relative to the scale of f here and needs no tuning",
+    "ls": "leave ls out: of ours only deqsolvers_newton_krylov has a line search, and always",
+    "m": "deqsolvers_broyden calls its memory LBFGS_thres, and deqsolvers_picard has none",
+    "LBFGS_thres": "the others call their memory m, and deqsolvers_picard has none",
+    "tau": "to damp, take deqsolvers_anderson, deqsolvers_anderson_type_one or deqsolvers_picard",
+}
+
+
+def _checked(name: str, solver: Callable[..., _Result]) -> Callable[..., _Result]:
+    """``solver``, which torchdeq knows by ``name``, with a TypeError for options it has not."""
+    signatures = inspect.signature(solver), inspect.signature(_solve)
+    accepted = [
+        parameter.name
+        for signature in signatures
+        for parameter in signature.parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+
+    def run(func: Callable[[Any], Any], x0: Any, **options: Any) -> _Result:
+        unknown = [option for option in options if option not in accepted]
+        if unknown:
+            advice = [_INSTEAD[option] for option in unknown if option in _INSTEAD]
+            raise TypeError(
+                f"{name} has no option {' or '.join(map(repr, unknown))}; it takes "
+                + "; ".join([", ".join(accepted), *advice])
+            )
+        return solver(func, x0, **options)
+
+    return run
 
 
 def _anderson(

@@ -162,6 +162,41 @@ def test_gradient_of_a_computed_tensor_in_the_closure(
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_a_computed_tensor_that_all_samples_share_passes_expanded() -> None:
+    """As an input of every sample; both errors on the way there name it."""
+    start, source = small_variables()
+
+    def penalty(solve: Callable[[Tensor, Tensor], Tensor], by: str = "weight") -> Any:
+        weight = source.sin() / 2
+        z = solve(start, weight)
+        target = {"weight": weight, "source": source}[by]
+        (slope,) = torch.autograd.grad(z.square().sum(), target, create_graph=True)
+        return slope, *torch.autograd.grad(slope.square().sum(), (start, source))
+
+    def closed_over(x: Tensor, weight: Tensor) -> Tensor:
+        return exact(lambda z, x: torch.tanh(z @ weight.T + x))(x)[0]
+
+    def shared(x: Tensor, weight: Tensor) -> Tensor:
+        return exact(lambda z, x, weight: torch.tanh(z @ weight.T + x))(x, weight)[0]
+
+    def f(z: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.tanh(torch.bmm(weight, z.unsqueeze(2)).squeeze(2) + x)
+
+    def expanded(x: Tensor, weight: Tensor) -> Tensor:
+        return exact(f)(x, weight.expand(len(x), *weight.shape))[0]
+
+    def reference(x: Tensor, weight: Tensor) -> Tensor:
+        return unrolled(f, torch.zeros_like(x), x, weight.expand(len(x), *weight.shape))
+
+    with pytest.raises(RuntimeError, match=r"as an input of f.*w\.expand\(B, \*w\.shape\)"):
+        penalty(closed_over)
+    with pytest.raises(ValueError, match=r"let f close over it or.*w\.expand\(B, \*w\.shape\)"):
+        penalty(shared)
+    for by in ("weight", "source"):
+        found, expected = penalty(expanded, by), penalty(reference, by)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("compute", COMPUTED, ids=["beside a leaf", "further away"])
 def test_gradient_penalty_on_a_computed_input(compute: Callable[[Tensor], Tensor]) -> None:
     f, source = TanhMap(5, norm=0.7), normal(3, 5, seed=7).requires_grad_()

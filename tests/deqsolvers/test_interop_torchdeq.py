@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqsolvers import Anderson, fixed_point
+from deqsolvers import Anderson, fixed_point, jacobian_regularizer
 from tests.problems import TanhMap, normal, tanh_deq
 
 torchdeq = pytest.importorskip("torchdeq")
@@ -190,12 +190,51 @@ def test_a_sample_that_breaks_leaves_the_others_alone(name: str) -> None:
     assert info["abs_lowest"][0] <= 1e-5
 
 
+OPTIONS = {
+    "deqsolvers_anderson": "m, tau, ",
+    "deqsolvers_anderson_type_one": "m, tau, ",
+    "deqsolvers_broyden": "LBFGS_thres, ",
+    "deqsolvers_newton_krylov": "m, ",
+    "deqsolvers_picard": "tau, ",
+}
+
+
 @every_solver
 def test_options_that_mean_nothing_here_are_refused(name: str) -> None:
-    with pytest.raises(TypeError, match="lam"):
+    shared = "max_iter, tol, stop_mode, indexing, return_final"
+    says = f"^{name} has no option 'lam'; it takes {OPTIONS[name]}{shared}; leave lam out: "
+    with pytest.raises(TypeError, match=says):
         solver(name)(torch.cos, torch.zeros(1, 1), lam=1e-4)
+    with pytest.raises(TypeError, match=f"{name} has no option 'alpha'.*return_final$"):
+        solver(name)(torch.cos, torch.zeros(1, 1), alpha=1e-4)
     with pytest.raises(ValueError, match="stop_mode"):
         solver(name)(torch.cos, torch.zeros(1, 1), stop_mode="relative")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "instead"),
+    [
+        ("deqsolvers_broyden", "m", "LBFGS_thres"),
+        ("deqsolvers_broyden", "ls", "newton_krylov has a line search"),
+        ("deqsolvers_anderson", "LBFGS_thres", "call their memory m"),
+        ("deqsolvers_newton_krylov", "tau", "to damp, take deqsolvers_anderson"),
+    ],
+)
+def test_an_option_of_torchdeq_that_a_solver_has_not(name: str, option: str, instead: str) -> None:
+    """torchdeq's own solvers ignore such options; ours are called from inside of it, too."""
+    deq = torchdeq.get_deq(f_solver=name)
+    with pytest.raises(TypeError, match=f"{name} has no option '{option}'.*{instead}"):
+        deq(torch.cos, torch.zeros(1, 1), solver_kwargs={option: 1})
+
+
+def test_the_weight_of_the_jacobian_regulariser_carries_over() -> None:
+    f, x, z = TanhMap(6), normal(3, 6, seed=1), normal(3, 6, seed=2)
+    at = z.clone().requires_grad_()
+    torch.manual_seed(0)
+    theirs = torchdeq.loss.jac_reg(f(at, x), at, vecs=400)
+    torch.manual_seed(1)
+    ours = sum(jacobian_regularizer(f, z, (x,)) for _ in range(400)) / 400
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("relative", [True, False])

@@ -22,6 +22,7 @@ from deqsolvers.backward.graph import (
     refuse_other_leaves,
     refuse_several,
 )
+from deqsolvers.backward.lost import leave_out_lost
 from deqsolvers.fixed_point import iterate
 from deqsolvers.modes import forward_mode, physical, transforming, undifferentiated
 from deqsolvers.options import Options
@@ -96,7 +97,8 @@ class Implicit(Backward):
         )
 
     def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:
-        layout = Layout.of(solution.z)
+        inputs, start, finish = leave_out_lost(inputs, solution)
+        layout = Layout.of(start)
         leaves, structure = pytree.tree_flatten(inputs)
         places = [
             place
@@ -114,7 +116,7 @@ class Implicit(Backward):
             with autocast():  # the backward pass may record f again outside of it
                 return layout.flatten(f(layout.unflatten(z), *arguments))
 
-        fixed = layout.flatten(solution.z).detach()
+        fixed = layout.flatten(start).detach()
         variables = tuple(leaves[place] for place in places)
         method = self._within(coarsest(layout.dtypes, Autocast(solution.z).dtype))
         if transforming() or forward_mode():
@@ -125,7 +127,8 @@ class Implicit(Backward):
             )
             return layout.unflatten(fixed)
         again = keep_tensors(matrix_f, f)
-        return layout.unflatten(method._attach(matrix_f, again, fixed, variables, solution))
+        attached = method._attach(matrix_f, again, fixed, variables, solution)
+        return finish(layout.unflatten(attached))
 
     def _within(self, dtype: torch.dtype) -> Implicit:
         """This, or where it may choose a copy whose tolerance ``dtype`` can reach."""

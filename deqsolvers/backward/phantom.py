@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deqsolvers.backward.base import Backward, on_matrices
+from deqsolvers.backward.lost import leave_out_lost
 from deqsolvers.modes import may_look
 from deqsolvers.solution import Solution, Status
 from deqsolvers.solvers.base import check_count, check_fraction
@@ -35,9 +36,10 @@ class Phantom(Backward):
         return f"Phantom(steps={self.steps}, damping={self.damping})"
 
     def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:
-        layout = Layout.of(solution.z)
+        inputs, state, finish = leave_out_lost(inputs, solution)
+        layout = Layout.of(state)
         matrix_f = on_matrices(f, inputs, layout)
-        start = z = layout.flatten(solution.z).detach()
+        start = z = layout.flatten(state).detach()
         # From where f blows up further steps may overflow, and NaN spreads to the gradients of all
         # that samples share. Such a sample takes one step, from its best iterate.
         lost = None
@@ -48,7 +50,7 @@ class Phantom(Backward):
             z = fz if self.damping == 1 else torch.lerp(z, fz, self.damping)
             if lost is not None and step + 1 < self.steps:
                 z = torch.where(lost, start, z)
-        return layout.unflatten(z)
+        return finish(layout.unflatten(z))
 
 
 class JacobianFree(Phantom):

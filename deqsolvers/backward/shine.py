@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from deqsolvers.backward.base import Backward, on_matrices
 from deqsolvers.backward.graph import refuse_several
+from deqsolvers.backward.lost import leave_out_lost
 from deqsolvers.fixed_point import iterate
 from deqsolvers.modes import forward_mode, transforming
 from deqsolvers.normalization import forget_unrecorded_weights
@@ -66,8 +67,9 @@ class Shine(Backward):
         with torch.no_grad(), forget_unrecorded_weights():
             solution = iterate(f, z0, inputs, solver, options, keep_memory=True)
         memory, solution.memory = solution.memory, None
-        layout = Layout.of(solution.z)
-        fixed = layout.flatten(solution.z).detach()
+        inputs, state, finish = leave_out_lost(inputs, solution)
+        layout = Layout.of(state)
+        fixed = layout.flatten(state).detach()
         recorded = on_matrices(f, inputs, layout)(fixed)
         if memory is None:  # an empty batch
             return layout.unflatten(recorded), solution
@@ -79,7 +81,8 @@ class Shine(Backward):
             trusted = _norm(u) <= self.fallback * _norm(v)  # false for NaN
             return torch.where(trusted, u, v)
 
-        return layout.unflatten(_ShineGradient.apply(adjoint, fixed, recorded)), solution
+        attached = _ShineGradient.apply(adjoint, fixed, recorded)
+        return finish(layout.unflatten(attached)), solution
 
     def attach(self, f: Callable[..., Any], inputs: tuple[Any, ...], solution: Solution) -> Any:
         raise TypeError("Shine needs the memory of the forward solve; use its solve method")

@@ -22,6 +22,7 @@ from deqsolvers import (
     Solver,
     Status,
     Unrolled,
+    VariationalDropout,
 )
 from tests.deqsolvers.maps import TanhMap, normal
 from tests.deqsolvers.references import EXACT, exact, unrolled
@@ -226,6 +227,77 @@ def test_a_broken_sample_does_not_spoil_the_gradients_of_its_mates() -> None:
     assert x.grad is not None
     assert y.grad is not None
     torch.testing.assert_close(x.grad[others], y.grad[others], rtol=1e-8, atol=1e-10)
+
+
+def with_a_nan(rows: int = 4, lost: int = 1) -> tuple[Tensor, Tensor]:
+    """Inputs of which one sample is NaN, and the numbers of the others."""
+    x = normal(rows, 5, seed=7)
+    x[lost] = torch.nan
+    return x.requires_grad_(), torch.tensor([row for row in range(rows) if row != lost])
+
+
+SPARING = ["implicit", "phantom", "jacobian-free", "shine"]
+
+
+@pytest.mark.parametrize("backward", SPARING)
+@pytest.mark.parametrize("lost", [0, 3])
+def test_a_sample_of_nan_that_the_loss_masks_spares_all_gradients(backward: str, lost: int) -> None:
+    f = TanhMap(5)
+    x, others = with_a_nan(lost=lost)
+    # Nearer to z*, SHINE's estimate depends on rounding.
+    deq = DEQ(f, Broyden(30), backward=backward, tol=1e-8)
+    z, solution = deq(x)
+    assert solution.status[lost] == Status.NON_FINITE
+    assert bool((z[lost] == 0).all())  # where the solve began
+    mask = solution.converged.unsqueeze(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        torch.where(mask, z, 0).square().sum().backward()
+    found = [x.grad, *(parameter.grad for parameter in f.parameters())]
+    alone = x.detach()[others].requires_grad_()
+    targets = [alone, *f.parameters()]
+    expected = torch.autograd.grad(deq(alone)[0].square().sum(), targets)
+    assert found[0] is not None
+    assert bool((found[0][lost] == 0).all())
+    found[0] = found[0][others]
+    torch.testing.assert_close(found, list(expected), rtol=1e-6, atol=1e-8)
+
+
+def test_second_derivatives_are_spared_too() -> None:
+    f, results = TanhMap(5, norm=0.7), []
+    x, others = with_a_nan()
+    for given in (x, x.detach()[others].requires_grad_()):
+        z, solution = exact(f)(given)
+        loss = torch.where(solution.converged.unsqueeze(1), z, 0).square().sum()
+        (slope,) = torch.autograd.grad(loss, given, create_graph=True)
+        results.append(torch.autograd.grad(slope.square().sum(), list(f.parameters())))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
+
+
+def test_a_nested_state_with_masks_and_a_start_of_nan() -> None:
+    """What is put back is the state that the solution holds, whatever that is."""
+    f, drop = TanhMap(5, norm=0.7), VariationalDropout(0.3)
+    z0 = {"a": torch.zeros(4, 5).double(), "b": torch.zeros(4, 5, 1).double()}
+    z0["b"][2] = torch.nan
+
+    def nested(z: dict[str, Tensor], x: list[Any]) -> dict[str, Tensor]:
+        return {"b": 0.5 * z["a"].unsqueeze(2), "a": f(drop(z["b"].squeeze(2)), x[0])}
+
+    x, others = with_a_nan(lost=2)
+    z, solution = exact(nested)([x, "not a tensor"], z0=z0)
+    assert solution.converged.tolist() == [True, True, False, True]
+    assert torch.equal(z["b"].isnan().flatten(1).any(1), torch.tensor([False, False, True, False]))
+    z["a"][others].sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in f.parameters() if p.grad is not None)
+    assert x.grad is not None
+    assert (x.grad != 0).any(1).tolist() == [True, True, False, True]
+
+
+def test_where_all_samples_are_lost_nothing_is_spared() -> None:
+    f, x = TanhMap(5), torch.full((2, 5), torch.nan, dtype=torch.float64)
+    z, solution = DEQ(f, backward="jacobian-free")(x)
+    assert not solution.converged.any()
+    assert z.isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,19 @@ def test_states_and_gradients_are_those_of_one_step_from_each_iterate() -> None:
     )
 
 
+def test_a_sample_of_nan_spares_the_gradients_of_the_iterates() -> None:
+    f, x = TanhMap(5), normal(3, 5)
+    x[1] = torch.nan
+    deq = DEQ(f, Picard(), tol=1e-6, max_steps=400)
+    slopes = []
+    for given in (x, x[[0, 2]]):
+        states, solution = fixed_point_correction(deq, given, steps=(1, 2))
+        kept = [state[solution.converged] for state in states]
+        loss = torch.stack(kept).square().sum()
+        slopes.append(torch.autograd.grad(loss, list(f.parameters())))
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-8, atol=1e-10)
+
+
 def test_phantom_gradients_for_the_iterates() -> None:
     f, x = TanhMap(5), normal(3, 5)
     deq = DEQ(f, Picard(), tol=1e-6, max_steps=400)

@@ -15,6 +15,7 @@ from polypseg.data.duplicates import Fingerprint, fingerprint
 from polypseg.data.faults import DataError, Fault
 from polypseg.data.folders import Pair, scan_pairs
 from polypseg.data.reading import (
+    NOISE,
     binarize,
     read_grey_mask,
     read_image,
@@ -23,9 +24,6 @@ from polypseg.data.reading import (
 )
 
 AUDIT_THREADS = 4
-# JPEG moves the values next to a mask's border; values further than this from black and white are
-# no such noise.
-NOISE = 32
 GREY_FRACTION = 0.05
 EMPTY_MASK = "mask is empty"  # the problem of such a mask's fault
 
@@ -69,7 +67,8 @@ def audit_pairs(
 
     Returns:
         In the order of the pairs. Severity "error": a file that cannot be decoded, a mask of
-        another size than its image, a mask that is grey or coloured instead of black and white.
+        another size than its image, a mask that is grey or coloured instead of black and white, be
+        it on a region alone.
         Severity "warning": an empty or a full mask, an EXIF orientation on one file of a pair that
         the other lacks.
     """

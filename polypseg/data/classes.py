@@ -8,14 +8,16 @@ import numpy as np
 from PIL import Image
 
 from polypseg.data.faults import DataError, Fault
+from polypseg.data.regions import even_regions
 
 CLASS_NAMES = ("background", "neoplastic", "non_neoplastic")
 CLASS_COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0))
 
 # JPEG blurs the colours at a border and moves them slightly elsewhere; a fourth class would be
-# further away, and on more pixels.
+# further away, and on more pixels or evenly.
 _FAR = 128
 _FAR_FRACTION = 0.02
+_NEAR = 64
 
 
 def class_numbers(picture: Image.Image, path: Path) -> np.ndarray:
@@ -40,27 +42,25 @@ def class_numbers(picture: Image.Image, path: Path) -> np.ndarray:
     distances = np.stack(
         [np.square(rgb - np.array(colour)).sum(axis=2) for colour in CLASS_COLOURS]
     )
-    far = float((distances.min(axis=0) > _FAR**2).mean())
-    if far > _FAR_FRACTION:
-        colours, counts = np.unique(rgb.reshape(-1, 3), axis=0, return_counts=True)
-        known = {tuple(colour) for colour in CLASS_COLOURS}
-        strange = next(
-            tuple(colours[i].tolist())
-            for i in np.argsort(-counts)
-            if tuple(colours[i].tolist()) not in known
-        )
-        raise DataError(
-            [
-                Fault(
-                    path,
-                    f"{far:.0%} of the mask is neither black, red nor green, for example "
-                    f"RGB {strange}",
-                    "paint the background (0, 0, 0), neoplastic polyps (255, 0, 0) and "
-                    "non-neoplastic ones (0, 255, 0), or store the class numbers 0, 1 and 2",
-                )
-            ]
-        )
+    nearest = distances.min(axis=0)
+    strange = nearest > _FAR**2
+    if strange.mean() <= _FAR_FRACTION:
+        strange = even_regions(rgb, nearest > _NEAR**2)
+    if strange.any():
+        raise DataError([_colour_fault(path, rgb, strange)])
     return distances.argmin(axis=0).astype(np.uint8)
+
+
+def _colour_fault(path: Path, rgb: np.ndarray, strange: np.ndarray) -> Fault:
+    colours, counts = np.unique(rgb[strange], axis=0, return_counts=True)
+    example = tuple(colours[counts.argmax()].tolist())
+    return Fault(
+        path,
+        f"{strange.mean():.2%} of the mask is neither black, red nor green, for example "
+        f"RGB {example}",
+        "paint the background (0, 0, 0), neoplastic polyps (255, 0, 0) and "
+        "non-neoplastic ones (0, 255, 0), or store the class numbers 0, 1 and 2",
+    )
 
 
 def _uses_class_colours(picture: Image.Image) -> bool:

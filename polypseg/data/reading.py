@@ -11,11 +11,15 @@ from PIL import Image, ImageOps
 from polypseg.data.classes import class_numbers
 from polypseg.data.faults import DataError, Fault
 from polypseg.data.folders import Pair
+from polypseg.data.regions import even_regions
 
 # JPEG's chroma subsampling tints the border of a black-and-white mask a little; a painted class
 # differs by far more.
 COLOUR_DIFFERENCE = 64
 COLOUR_FRACTION = 0.001
+# JPEG moves the values next to a mask's border; values further than this from black and white are
+# no such noise.
+NOISE = 32
 # Of the depths that cameras and microscopes have, for files of more than 8 bits.
 LARGEST_VALUES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 15, 16))
 LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP")
@@ -60,7 +64,8 @@ def read_mask(path: Path | str, classes: int = 1) -> np.ndarray:
 
     Raises:
         DataError: the file is missing, truncated, too large, not an image, painted in other colours
-            than its classes have, or, with one class and unless it is a JPEG or its like, has
+            than its classes have, or, with one class, a region of it is neither black nor white
+            (grey along a border is no region). Unless it is a JPEG or its like, also if it has
             neither a white pixel nor 1 for its largest value, though it is not all 0.
     """
     if classes == 1:
@@ -74,20 +79,36 @@ def read_grey_mask(path: Path | str) -> np.ndarray:
     path = Path(path)
     picture = _decode(path)
     grey = _grey(picture, path)
+    if picture.mode == "1":
+        return grey
+    stored = np.asarray(picture) if picture.mode.startswith("I") else grey
     # Any of these would be cut away as black. JPEG puts such values into an empty mask.
     if 1 < grey.max(initial=0) < 128 and not _is_lossy(path):
-        stored = np.asarray(picture) if picture.mode.startswith("I") else grey
-        raise DataError(
-            [
-                Fault(
-                    path,
-                    f"mask is not black and white: it holds {_listed(np.unique(stored).tolist())}",
-                    "save it with the values 0 and 255, or 0 and 1; for masks of three classes "
-                    "set model.classes=3",
-                )
-            ]
-        )
+        raise DataError([_value_fault(path, "it holds", stored)])
+    between = _regions_between(grey, path)
+    if between.any():
+        painted = f"{between.mean():.2%} of it is painted with"
+        raise DataError([_value_fault(path, painted, stored[between])])
     return grey
+
+
+def _regions_between(grey: np.ndarray, path: Path) -> np.ndarray:
+    """Which pixels (H, W) lie in regions, not in soft borders, that are neither black nor white."""
+    between = even_regions(grey, (grey > NOISE) & (grey < 255 - NOISE))
+    if between.any() or grey.max(initial=0) <= 1:
+        return between
+    # Class numbers beside white. Where black is stored as 16, say, it is the darkest value.
+    numbers = even_regions(grey, (grey > grey.min(initial=255)) & (grey <= NOISE), difference=0)
+    return between if numbers.any() and _is_lossy(path) else numbers
+
+
+def _value_fault(path: Path, holds: str, values: np.ndarray) -> Fault:
+    return Fault(
+        path,
+        f"mask is not black and white: {holds} {_listed(np.unique(values).tolist())}",
+        "save it with the values 0 and 255, or 0 and 1; for masks of three classes "
+        "set model.classes=3",
+    )
 
 
 def _grey(picture: Image.Image, path: Path) -> np.ndarray:

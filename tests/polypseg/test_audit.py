@@ -64,6 +64,16 @@ def test_masks_of_class_numbers_and_of_sixteen_bits(write_pairs: Callable[..., P
     assert audit_pairs(find_pairs(root)[1:], classes=3) == []  # the remedy that it names
 
 
+def test_grey_lesion_beside_a_white_one_is_an_error(write_pairs: Callable[..., Path]) -> None:
+    root = write_pairs(["a"], size=(50, 80))
+    values = np.zeros((50, 80))
+    values[5:25, 10:40], values[30:40, 50:66] = 255, 100
+    save_mask(root, "a", values)
+    (fault,) = audit_pairs(find_pairs(root))
+    assert (fault.path.name, fault.severity) == ("a.png", "error")
+    assert "4.00% of it is painted with the value 100 alone" in fault.problem
+
+
 @pytest.mark.parametrize("encoding", ["one-bit", "zero-one", "jpeg"])
 def test_valid_mask_encodings_pass(write_pairs: Callable[..., Path], encoding: str) -> None:
     root = write_pairs(["a"])

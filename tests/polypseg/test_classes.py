@@ -1,5 +1,6 @@
 """Three-class masks: any encoding of NeoPolyp's colours gives the same class numbers."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,30 @@ def test_other_colours_are_refused_and_named(tmp_path: Path, truth: np.ndarray, 
     named = r"RGB \(0, 0, 255\)" if mode == "blue" else r"RGB \(255, 255, 255\)"
     with pytest.raises(DataError, match=rf"m\.png.*{named}.*class numbers 0, 1 and 2"):
         read_mask(tmp_path / "m.png", classes=3)
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 255), (255, 255, 255), (100, 0, 0), (255, 255, 0)])
+def test_a_small_region_of_another_colour_is_refused(
+    tmp_path: Path, truth: np.ndarray, colour: tuple[int, int, int]
+) -> None:
+    painted = COLOURS[truth]
+    painted[52:60, 3:16] = colour  # 1.7 %
+    Image.fromarray(painted).save(tmp_path / "m.png")
+    named = re.escape(
+        f"1.69% of the mask is neither black, red nor green, for example RGB {colour}"
+    )
+    with pytest.raises(DataError, match=named):
+        read_mask(tmp_path / "m.png", classes=3)
+
+
+def test_soft_borders_of_colours_are_not_refused(tmp_path: Path, truth: np.ndarray) -> None:
+    for times in (2, 4, 8):
+        size = (96 * times, 64 * times)
+        Image.fromarray(COLOURS[truth]).resize(size, Image.Resampling.BILINEAR).save(
+            tmp_path / "m.png"
+        )
+        mask = read_mask(tmp_path / "m.png", classes=3)
+        assert (mask != truth.repeat(times, 0).repeat(times, 1)).mean() < 0.02
 
 
 def test_resizing_takes_the_class_that_covers_most() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from polypseg.data.faults import DataError
 from polypseg.data.folders import Pair
@@ -107,6 +107,75 @@ def test_noise_of_compression_in_an_empty_mask_is_no_fault(tmp_path: Path, suffi
     Image.fromarray(np.full((16, 16), 5, np.uint8)).save(path, **options)
     assert 1 < np.asarray(Image.open(path)).max() < 128
     assert not read_mask(path).any()
+
+
+def two_lesions(value: int) -> np.ndarray:
+    """A mask (50, 80) with a white lesion and one, on 4 %, of another value."""
+    values = np.zeros((50, 80), np.uint8)
+    values[5:25, 10:40] = 255
+    values[30:40, 50:66] = value
+    return values
+
+
+@pytest.mark.parametrize("value", [1, 20, 33, 100, 200, 222])
+@pytest.mark.parametrize("form", ["grey", "rgb", "palette"])
+def test_lesion_of_a_value_between_black_and_white_is_refused(
+    tmp_path: Path, value: int, form: str
+) -> None:
+    picture = Image.fromarray(two_lesions(value))
+    if form == "palette":
+        picture = picture.convert("P")  # the grey values stay
+        picture.putpalette([level for level in range(256) for _ in range(3)])
+    picture.convert("RGB" if form == "rgb" else picture.mode).save(tmp_path / "m.png")
+    named = rf"m\.png: mask is not black and white: 4\.00% .* the value {value} alone; save it with"
+    with pytest.raises(DataError, match=named):
+        read_mask(tmp_path / "m.png")
+
+
+def test_lesion_between_black_and_white_is_named_by_its_stored_values(tmp_path: Path) -> None:
+    deep = two_lesions(100).astype(np.uint16) * 257
+    deep[35:40, 50:66] = 40_000
+    Image.fromarray(deep).save(tmp_path / "m.png")
+    with pytest.raises(DataError, match=r"4\.00% of it .* the values 25700 and 40000;"):
+        read_mask(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("quality", [30, 60, 95])
+def test_grey_lesion_in_a_jpeg_is_refused(tmp_path: Path, quality: int) -> None:
+    large = Image.fromarray(two_lesions(100)).resize((320, 200), Image.Resampling.NEAREST)
+    large.save(tmp_path / "m.jpg", quality=quality)
+    with pytest.raises(
+        DataError, match=r"m\.jpg: mask is not black and white: [34]\.[0-9]+% of it"
+    ):
+        read_mask(tmp_path / "m.jpg")
+
+
+def test_soft_borders_are_cut_and_not_refused(tmp_path: Path) -> None:
+    hard = Image.fromarray(two_lesions(255))
+    hard.putpixel((70, 10), 255)
+    for times in (2, 4, 8):
+        soft = hard.resize((80 * times, 50 * times), Image.Resampling.BICUBIC)
+        soft.save(tmp_path / "m.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), np.asarray(soft) >= 128)
+        for radius in (1, 2, 4):
+            blurred = soft.filter(ImageFilter.GaussianBlur(radius))
+            blurred.save(tmp_path / "m.png")
+            np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), np.asarray(blurred) >= 128)
+        for quality in (10, 30, 75):
+            soft.save(tmp_path / "m.jpg", quality=quality)
+            compressed = Image.open(tmp_path / "m.jpg")
+            np.testing.assert_array_equal(
+                read_mask(tmp_path / "m.jpg"), np.asarray(compressed) >= 128
+            )
+            # A lossless copy of it holds the same values.
+            compressed.save(tmp_path / "m.png")
+            read_mask(tmp_path / "m.png")
+
+
+def test_black_and_white_of_video_are_no_grey(tmp_path: Path) -> None:
+    truth = two_lesions(255) > 0
+    Image.fromarray(np.where(truth, 235, 16).astype(np.uint8)).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), truth)
 
 
 def test_exif_orientation_turns_image_and_mask_alike(tmp_path: Path, colours: np.ndarray) -> None:

@@ -6,16 +6,17 @@ import glob
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
 from polypseg.data import DataError, Fault, list_images, read_image
-from polypseg.data.folders import IMAGE_SUFFIXES, natural_key
+from polypseg.data.folders import IMAGE_SUFFIXES, natural_key, nested_files, tell_nested
 from polypseg.video import VIDEO_SUFFIXES, check_video
 
+SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 READING_THREADS = 4
 PRINTED_NAMES = 10
 
@@ -23,7 +24,7 @@ PRINTED_NAMES = 10
 def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], list[Path]]:
     """Every image and every video once, all of them readable and with stems of their own.
 
-    A line on stderr names what lies beside them and is neither.
+    Lines on stderr name what lies beside them and is neither, and subfolders that hold more.
     """
     faults: list[Fault] = []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -72,6 +73,7 @@ def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], 
         raise DataError(faults)
     if left_out:
         _tell_left_out(list(left_out.values()))
+    _tell_subfolders(sources, {**files, **videos})
     return list(files.values()), list(videos.values())
 
 
@@ -101,11 +103,10 @@ def _videos(source: Path | str) -> list[Path]:
 
 def _others(source: Path | str) -> list[Path]:
     """Files of other types among what a person names, and links that lead nowhere."""
-    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     return [
         file
         for file in _named(source)
-        if not file.is_dir() and not (file.is_file() and file.suffix.lower() in known)
+        if not file.is_dir() and not (file.is_file() and file.suffix.lower() in SUFFIXES)
     ]
 
 
@@ -117,6 +118,15 @@ def _tell_left_out(files: Sequence[Path]) -> None:
         f"warning: left out, as neither image nor video by name, or links to nothing: {names}",
         file=sys.stderr,
     )
+
+
+def _tell_subfolders(sources: Sequence[Path | str], taken: Collection[Path]) -> None:
+    for folder in dict.fromkeys(Path(source) for source in sources):
+        nested = nested_files(folder, SUFFIXES) if folder.is_dir() else []
+        left = [file for file in nested if _absolute(file) not in taken]
+        if left:
+            told = tell_nested(folder, left, "images or videos")
+            print(f"warning: {folder}: {told}; name each of these folders", file=sys.stderr)
 
 
 def _reading_faults(read: Callable[[Path], object], file: Path) -> list[Fault]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from polypseg.data.faults import DataError, Fault
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 IMAGE_FOLDERS = ("images", "image")
 MASK_FOLDERS = ("masks", "mask")
+NAMED_FOLDERS = 5
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ def find_pairs(root: Path) -> list[Pair]:
         The pairs in natural order of their stems; never empty.
 
     Raises:
-        DataError: a folder is missing, doubled or empty, an image has no mask, a mask has no image,
-            or two files share one stem. All faults are reported together.
+        DataError: a folder is missing, doubled or empty or holds images in subfolders, an image has
+            no mask, a mask has no image, or two files share one stem. All faults are reported
+            together.
     """
     pairs, faults = scan_pairs(root)
     if faults:
@@ -140,6 +143,10 @@ def list_images(source: Path | str) -> list[Path]:
         return [path]
     if path.is_dir():
         files = _image_files(path)
+        nested = [] if files else nested_files(path, IMAGE_SUFFIXES)
+        if nested:
+            problem = tell_nested(path, nested)
+            raise DataError([Fault(path, problem, "name each of these folders")])
         if not files:
             raise DataError([Fault(path, "holds no images", f"known types: {known}")])
         return files
@@ -161,6 +168,28 @@ def list_images(source: Path | str) -> list[Path]:
     return sorted(files, key=lambda file: natural_key(str(file)))
 
 
+def nested_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files of these types in the subfolders of a folder, which are not searched for data."""
+    below = (file for file in folder.rglob("*") if file.parent != folder)
+    return sorted(
+        (
+            file
+            for file in below
+            if file.suffix.lower() in suffixes
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+            and file.is_file()
+        ),
+        key=lambda file: natural_key(str(file)),
+    )
+
+
+def tell_nested(folder: Path, files: Sequence[Path], kind: str = "images") -> str:
+    """The problem of `files` in subfolders of a folder; names the first of these."""
+    names = list(dict.fromkeys(str(file.parent.relative_to(folder)) for file in files))
+    listed = ", ".join(names[:NAMED_FOLDERS]) + (", ..." if len(names) > NAMED_FOLDERS else "")
+    return f"holds {len(files)} {kind} in subfolders ({listed}), which are not searched"
+
+
 def _image_files(folder: Path) -> list[Path]:
     # Names with a leading dot are what operating systems leave behind (`._a.jpg` is no JPEG).
     files = (
@@ -175,7 +204,11 @@ def _by_stem(folder: Path, faults: list[Fault]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = defaultdict(list)
     for file in _image_files(folder):
         groups[file.stem].append(file)
-    if not groups:
+    nested = nested_files(folder, IMAGE_SUFFIXES)
+    if nested:
+        remedy = f"move them up into {folder.name}, or out of it"
+        faults.append(Fault(folder, tell_nested(folder, nested), remedy))
+    elif not groups:
         known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         faults.append(Fault(folder, "holds no image files", f"known types: {known}"))
     for files in groups.values():

@@ -54,6 +54,24 @@ def test_all_faults_are_told_together(tmp_path: Path) -> None:
     assert "add masks/a.png" in str(caught.value)
 
 
+def test_images_in_subfolders_are_a_fault_beside_others(tmp_path: Path) -> None:
+    touch(tmp_path / "images", "a.jpg", "b.jpg")
+    touch(tmp_path / "images" / "late", "c.jpg", "d.JPG", "notes.txt")
+    touch(tmp_path / "images" / "early" / "deep", "e.png")
+    touch(tmp_path / "images" / ".cache" / "x", "a.jpg")
+    touch(tmp_path / "masks" / "late", "c.png")
+    with pytest.raises(DataError) as caught:
+        find_pairs(tmp_path)
+    found = {fault.path.name: fault for fault in caught.value.faults}
+    assert found.keys() == {"images", "masks", "a.jpg", "b.jpg"}
+    assert str(found["images"]).endswith(
+        "images: holds 3 images in subfolders (early/deep, late), which are not searched; "
+        "move them up into images, or out of it"
+    )
+    assert found["masks"].problem.startswith("holds 1 images in subfolders (late)")
+    assert all(fault.severity == "error" for fault in found.values())
+
+
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [
@@ -111,6 +129,14 @@ def test_list_images_takes_file_folder_and_pattern(tmp_path: Path) -> None:
     assert [file.name for file in list_images(tmp_path)] == ["f9.jpg", "f10.png"]
     assert [file.name for file in list_images(f"{tmp_path}/f*")] == ["f9.jpg", "f10.png"]
     assert [file.name for file in list_images(f"{tmp_path}/**/x.*")] == ["x.png"]
+
+
+def test_list_images_names_the_subfolders_of_a_folder_without_images(tmp_path: Path) -> None:
+    for number in range(7):
+        touch(tmp_path / f"clip{number}", "a.png", "b.png")
+    named = "clip0, clip1, clip2, clip3, clip4, ..."
+    with pytest.raises(DataError, match=rf"holds 14 images in subfolders \({named}\), which"):
+        list_images(tmp_path)
 
 
 def test_file_with_brackets_in_its_name_is_no_pattern(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from polypseg.data import DataError, read_image
 from polypseg.drawing import overlay
 from polypseg.predict import predict_files
 from polypseg.predictor import Predictor
+from polypseg.sources import find_sources
 
 
 @pytest.fixture
@@ -122,6 +123,17 @@ def test_what_is_left_out_of_a_folder_is_named_on_one_line(tiny_run, images, tmp
     (line,) = [line for line in captured.err.splitlines() if line.startswith("warning:")]
     names = ", ".join(str(images / name) for name in ("gone.png", "scan.dcm", "skipped.gif"))
     assert line.endswith(f": {names}")
+
+
+def test_subfolders_are_named_unless_they_are_sources_too(images, tmp_path, capsys):
+    for folder in ("early", "late"):
+        (images / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(images / folder / f"{folder}.png")
+    files, _ = find_sources([images, images / "early"], tmp_path / "out")
+    assert {file.name for file in files} == {"a photo.jpg", "early.png", "grey.png", "turned.jpg"}
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    told = "holds 1 images or videos in subfolders (late), which are not searched"
+    assert line == f"warning: {images}: {told}; name each of these folders"
 
 
 def test_all_that_is_wrong_is_named_and_nothing_is_written(tiny_run, images, tmp_path, capsys):

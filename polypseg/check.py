@@ -17,6 +17,7 @@ from polypseg.data import Fault, scan_pairs
 from polypseg.data.audit import Inspection, inspect_pairs
 from polypseg.data.duplicates import Duplicate, find_duplicates
 from polypseg.data.splits import scan_test_folders
+from polypseg.data.whole import inverted_faults
 
 PROGRAM = "polypseg-check"
 TRAIN = "TrainDataset"
@@ -66,8 +67,8 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     Returns:
         Errors are files that cannot be paired, decoded or used (see `audit_pairs`) and images that
         occur with the same pixels both in a training and in a test folder. Warnings are empty and
-        full masks, other duplicates, and near-duplicates. A folder whose name another root has
-        used goes by its path.
+        full masks, masks that look inverted, other duplicates, and near-duplicates. A folder whose
+        name another root has used goes by its path.
     """
     faults: list[Fault] = []
     folders: dict[str, Path] = {}
@@ -93,6 +94,8 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
         for name, group in pairs.items():
             inspections[name] = inspect_pairs(group, advance, classes=classes)
     faults += [fault for group in inspections.values() for one in group for fault in one.faults]
+    for name, group in inspections.items():
+        faults += inverted_faults(folders[name], group)
     duplicates = find_duplicates(
         {name: [one.fingerprint for one in group] for name, group in inspections.items()}
     )

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from polypseg.data import DataError, Fault, list_images, read_image
 from polypseg.data.folders import IMAGE_SUFFIXES, natural_key, nested_files, tell_nested
+from polypseg.data.stems import file_stem
 from polypseg.video import VIDEO_SUFFIXES, check_video
 
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
@@ -47,8 +48,8 @@ def find_sources(sources: Sequence[Path | str], out: Path) -> tuple[list[Path], 
     for kind in (files, videos):
         stems = defaultdict(list)
         for file in kind.values():
-            # Some file systems take two names that differ in case for one.
-            stems[file.stem.casefold()].append(file)
+            # Some file systems take two names that differ in case or in Unicode form for one.
+            stems[file_stem(file).casefold()].append(file)
         for same in stems.values():
             if len(same) > 1:
                 others = ", ".join(str(file) for file in same[1:])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polypseg.data.faults import DataError, Fault
+from polypseg.data.stems import file_stem, find_slips
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 IMAGE_FOLDERS = ("images", "image")
@@ -19,7 +20,7 @@ NAMED_FOLDERS = 5
 
 @dataclass(frozen=True)
 class Pair:
-    """One image and its mask."""
+    """One image and its mask; `stem` is that of both, as `file_stem` gives it."""
 
     stem: str
     image: Path
@@ -63,7 +64,15 @@ def scan_pairs(root: Path) -> tuple[list[Pair], list[Fault]]:
         return [], error.faults
     images = _by_stem(images_dir, faults)
     masks = _by_stem(masks_dir, faults)
-    for stem in sorted(images.keys() - masks.keys(), key=natural_key):
+    lone_images, lone_masks = images.keys() - masks.keys(), masks.keys() - images.keys()
+    for slip, renamed in find_slips(lone_images, lone_masks).items():
+        first = min(renamed, key=natural_key)
+        example = f"{masks[first][0].name} of {images[renamed[first]][0].name}"
+        problem = f"{len(renamed)} masks {slip}, as {example}"
+        faults.append(Fault(masks_dir, problem, "rename them to the images' names"))
+        lone_images -= set(renamed.values())
+        lone_masks -= renamed.keys()
+    for stem in sorted(lone_images, key=natural_key):
         faults.append(
             Fault(
                 images[stem][0],
@@ -71,7 +80,7 @@ def scan_pairs(root: Path) -> tuple[list[Pair], list[Fault]]:
                 f"add {masks_dir.name}/{stem}.png or remove the image",
             )
         )
-    for stem in sorted(masks.keys() - images.keys(), key=natural_key):
+    for stem in sorted(lone_masks, key=natural_key):
         faults.append(
             Fault(
                 masks[stem][0],
@@ -203,7 +212,7 @@ def _image_files(folder: Path) -> list[Path]:
 def _by_stem(folder: Path, faults: list[Fault]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = defaultdict(list)
     for file in _image_files(folder):
-        groups[file.stem].append(file)
+        groups[file_stem(file)].append(file)
     nested = nested_files(folder, IMAGE_SUFFIXES)
     if nested:
         remedy = f"move them up into {folder.name}, or out of it"

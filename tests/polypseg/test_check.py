@@ -84,6 +84,17 @@ def test_a_test_folder_that_cannot_be_used_hides_no_other(data):
     ]
 
 
+def test_inverted_masks_are_a_warning_of_their_folder(data, capsys):
+    train = data / "TrainDataset"
+    for path in (train / "masks").iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert cli.check([str(data)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "inverted" in line]
+    assert line.startswith(f"warning: {train}: polyp on ")
+    assert line.endswith("make sure that polyps are white, or coloured, and all else black")
+
+
 def test_json_alone_goes_to_standard_output(data, capsys):
     assert cli.check([str(data), "--json", "-"]) == 0
     record = json.loads(capsys.readouterr().out)

@@ -72,6 +72,43 @@ def test_images_in_subfolders_are_a_fault_beside_others(tmp_path: Path) -> None:
     assert all(fault.severity == "error" for fault in found.values())
 
 
+@pytest.mark.parametrize("ending", ["_mask", "_seg", "_gt", "-mask", " Mask", "_polyp.mask"])
+def test_masks_with_a_common_ending_are_one_fault(tmp_path: Path, ending: str) -> None:
+    stems = ["a", "b1", "b10"]
+    touch(tmp_path / "images", *(f"{stem}.png" for stem in stems), "c.png", "alone.png")
+    touch(tmp_path / "masks", *(f"{stem}{ending}.png" for stem in stems), "c.png")
+    with pytest.raises(DataError) as caught:
+        find_pairs(tmp_path)
+    slip, other = caught.value.faults
+    assert slip.path == tmp_path / "masks"
+    assert slip.problem == f"3 masks seem to end in {ending}, as a{ending}.png of a.png"
+    assert slip.remedy == "rename them to the images' names"
+    assert other.path.name == "alone.png"
+
+
+def test_masks_that_differ_in_case_are_one_fault(tmp_path: Path) -> None:
+    touch(tmp_path / "images", "A1.jpg", "A2.jpg", "x1.jpg")
+    touch(tmp_path / "masks", "a1.png", "a2.png", "x10.png")  # 10 is another image than 1
+    with pytest.raises(DataError) as caught:
+        find_pairs(tmp_path)
+    assert [str(fault.path.name) for fault in caught.value.faults] == ["masks", "x1.jpg", "x10.png"]
+    problem = "2 masks differ from their images in upper and lower case alone, as a1.png of A1.jpg"
+    assert caught.value.faults[0].problem == problem
+
+
+def test_composed_and_decomposed_accents_are_one_stem(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    touch(tmp_path / "images", f"{decomposed}.png")
+    touch(tmp_path / "masks", f"{composed}.png")
+    (pair,) = find_pairs(tmp_path)
+    assert pair.stem == composed
+    assert pair.image.is_file()
+    assert pair.mask.is_file()
+    touch(tmp_path / "images", f"{composed}.jpg")
+    with pytest.raises(DataError, match="shares its stem with"):
+        find_pairs(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [

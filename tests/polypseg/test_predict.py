@@ -136,6 +136,13 @@ def test_subfolders_are_named_unless_they_are_sources_too(images, tmp_path, caps
     assert line == f"warning: {images}: {told}; name each of these folders"
 
 
+def test_composed_and_decomposed_accents_would_have_one_result(tmp_path):
+    for name in ("caf\u00e9.png", "cafe\u0301.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(DataError, match="shares its stem with"):
+        find_sources([tmp_path], tmp_path / "out")
+
+
 def test_all_that_is_wrong_is_named_and_nothing_is_written(tiny_run, images, tmp_path, capsys):
     (images / "broken.png").write_bytes(b"no picture")
     (images / "short.jpg").write_bytes((images / "a photo.jpg").read_bytes()[:400])

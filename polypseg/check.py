@@ -17,7 +17,7 @@ from polypseg.data import Fault, scan_pairs
 from polypseg.data.audit import Inspection, inspect_pairs
 from polypseg.data.duplicates import Duplicate, find_duplicates
 from polypseg.data.splits import scan_test_folders
-from polypseg.data.whole import inverted_faults
+from polypseg.data.whole import inverted_faults, split_faults
 
 PROGRAM = "polypseg-check"
 TRAIN = "TrainDataset"
@@ -67,8 +67,8 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     Returns:
         Errors are files that cannot be paired, decoded or used (see `audit_pairs`) and images that
         occur with the same pixels both in a training and in a test folder. Warnings are empty and
-        full masks, masks that look inverted, other duplicates, and near-duplicates. A folder whose
-        name another root has used goes by its path.
+        full masks, masks that look inverted, other duplicates, near-duplicates, and a random
+        split that parts these. A folder whose name another root has used goes by its path.
     """
     faults: list[Fault] = []
     folders: dict[str, Path] = {}
@@ -102,6 +102,10 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     check = Check(folders, roles, inspections, faults, duplicates)
     duplicates.sort(key=lambda found: not check.across(found))  # stable: what matters comes first
     faults += [_duplicate_fault(found, check) for found in duplicates]
+    for name, group in inspections.items():
+        if roles[name] != "test":
+            within = [one for one in duplicates if one.first[0] == one.second[0] == name]
+            faults += split_faults(folders[name], group, within)
     return check
 
 

@@ -71,12 +71,15 @@ def split_for(root: Path, seed: int = 0) -> Split:
     if len(pairs) < 2:
         remedy = "add images with masks: one at least trains, and another validates"
         raise DataError([Fault(folder, f"holds a single pair, {pairs[0].stem}", remedy)])
+    return committed_split(pairs) or random_split(pairs, RANDOM_FRACTION, seed)
+
+
+def committed_split(pairs: Sequence[Pair]) -> Split | None:
+    """The split of a data set that a list comes with, told by its stems; None for any other."""
     digest = stems_digest([pair.stem for pair in pairs])
     if digest == TRAIN_DIGEST:
         return published_split(pairs)
-    if digest == NEOPOLYP_DIGEST:
-        return neopolyp_split(pairs)
-    return random_split(pairs, RANDOM_FRACTION, seed)
+    return neopolyp_split(pairs) if digest == NEOPOLYP_DIGEST else None
 
 
 def training_folder(root: Path) -> Path:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from polypseg.data.audit import Inspection
+from polypseg.data.duplicates import Duplicate
 from polypseg.data.faults import Fault
+from polypseg.data.splits import RANDOM_FRACTION, committed_split, random_split
 
 LARGEST_MEDIAN_SHARE = 0.5  # of polyp; the field's sets have 4 to 15 %
+SPLIT_SEED = 0  # the default of polypseg-train
 
 
 def inverted_faults(folder: Path, group: Sequence[Inspection]) -> list[Fault]:
@@ -21,4 +25,35 @@ def inverted_faults(folder: Path, group: Sequence[Inspection]) -> list[Fault]:
         return []
     problem = f"polyp on {share:.0%} of an image (median): the masks may be inverted"
     remedy = "make sure that polyps are white, or coloured, and all else black"
+    return [Fault(folder, problem, remedy, "warning")]
+
+
+def split_faults(
+    folder: Path, group: Sequence[Inspection], duplicates: Sequence[Duplicate]
+) -> list[Fault]:
+    """The warning of a folder that a random split parts between images that look alike.
+
+    Args:
+        folder: of which some images train and others validate.
+        group: its pairs.
+        duplicates: within the group.
+    """
+    pairs = [one.pair for one in group]
+    if len(pairs) < 2 or committed_split(pairs) is not None:
+        return []
+    held_out = {pair.stem for pair in random_split(pairs, RANDOM_FRACTION, SPLIT_SEED).val}
+    twins: dict[str, list[str]] = defaultdict(list)
+    for found in duplicates:
+        two = [pairs[index] for _, index in (found.first, found.second)]
+        for one, other in (two, two[::-1]):
+            if one.stem in held_out and other.stem not in held_out:
+                twins[one.image.name].append(other.image.name)
+    if not twins:
+        return []
+    listed = "; ".join(f"{one} of {', '.join(others)}" for one, others in twins.items())
+    problem = (
+        f"trained on, it is split at random: with seed {SPLIT_SEED}, {len(twins)} of "
+        f"{len(held_out)} validation images have a near-twin in training ({listed})"
+    )
+    remedy = "keep one image of each view, and judge by a test folder of other videos"
     return [Fault(folder, problem, remedy, "warning")]

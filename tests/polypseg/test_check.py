@@ -14,7 +14,7 @@ from polypseg import cli
 from polypseg.check import check_folders
 from polypseg.data import make_synthetic, read_image
 from polypseg.data.duplicates import find_duplicates, fingerprint
-from polypseg.data.splits import CLINIC_SEQUENCE_ENDS
+from polypseg.data.splits import CLINIC_SEQUENCE_ENDS, split_for
 
 
 @pytest.fixture
@@ -123,6 +123,21 @@ def copy_pair(source: Path, target: Path, stem: str) -> None:
     for kind, suffix in (("images", "jpg"), ("masks", "png")):
         (target / kind).mkdir(parents=True, exist_ok=True)
         shutil.copy(source / kind / f"{stem}.{suffix}", target / kind)
+
+
+@pytest.mark.parametrize("name", ["TrainDataset", "mine"])
+def test_near_twins_on_both_sides_of_a_random_split_are_counted(tmp_path, name):
+    make_synthetic(tmp_path / "data", train=20, test=1, size=80)
+    folder = (tmp_path / "data" / "TrainDataset").rename(tmp_path / name)
+    assert check_folders([folder]).faults == []
+    split = split_for(folder)
+    for held_out, trained in zip(split.val, split.train, strict=False):
+        Image.open(held_out.image).save(trained.image, quality=60)
+    *_, fault = check_folders([folder]).faults
+    assert (fault.path, fault.severity) == (folder, "warning")
+    counted = "with seed 0, 2 of 2 validation images have a near-twin in training"
+    assert counted in fault.problem
+    assert f"{split.val[0].image.name} of {split.train[0].image.name}" in fault.problem
 
 
 def test_training_images_of_two_roots_are_no_test_images(data, tmp_path, capsys):

@@ -235,7 +235,10 @@ def _twins(check: Check) -> str:
         for place in (found.first, found.second) if check.roles[place[0]] == "test"
     }  # fmt: skip
     if {"training", "test"} <= set(check.roles.values()):
-        text += f"; {len(tested)} test images have a twin among the training images"
+        text += (
+            f"; {len(tested)} test images have a twin among the training images (nearly the same "
+            "picture: of others another frame of the same video may still train)"
+        )
     unknown = [name for name, role in check.roles.items() if role == "unknown"]
     if unknown and len(check.roles) > 1:
         text += (

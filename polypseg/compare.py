@@ -13,6 +13,7 @@ from polypseg.evaluation import earlier_evaluation
 from polypseg.report import EVALUATION
 from polypseg.scores import ImageRow, by_kind, read_rows, text_columns
 from polypseg.statistics import Comparison, compare_paired
+from polypseg.testsets import NOTES
 
 PROGRAM = "polypseg-compare"
 METRICS = ("dice", "iou", "hd95")
@@ -24,11 +25,12 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The rows of one solver of an evaluation, by test folder."""
+    """The rows of one solver of an evaluation, by test folder, and what was said beside them."""
 
     folder: Path
     solver: str
     rows: dict[str, list[ImageRow]]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def load_evaluated(source: str) -> Evaluated:
             f"{folder}: solver {solver!r} was not evaluated; known: {', '.join(known)}"
         )
     rows = {name: read_rows(folder / f"{name}-{solver}.csv", ImageRow) for name in record["data"]}
-    return Evaluated(folder, solver, rows)
+    # What an older version noted of a known set may say less than is known today.
+    notes = [NOTES[name] for name in rows if name in NOTES] + record["notes"]
+    return Evaluated(folder, solver, rows, list(dict.fromkeys(notes)))
 
 
 def compare(a: Evaluated, b: Evaluated) -> list[Line]:
@@ -143,6 +147,15 @@ def _cells(line: Line) -> tuple[str, ...]:
     )
 
 
+def _notes(a: Evaluated, b: Evaluated) -> list[str]:
+    """The notes of both evaluations, each once, and whose they are."""
+    return [
+        f"Note on {' and '.join(name for name, one in (('A', a), ('B', b)) if note in one.notes)}: "
+        f"{note}"
+        for note in dict.fromkeys(a.notes + b.notes)
+    ]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -170,11 +183,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {one.solver} of {one.folder}")
     print(f"\n{as_text(lines)}")
     print("\ndice and iou: per cent, higher is better; hd95: pixels, lower is better")
+    for note in _notes(a, b):
+        print(f"\n{note}")
     if options.json is not None:
         record = {
             "program": PROGRAM,
             **{
-                name: {"folder": str(one.folder), "solver": one.solver}
+                name: {"folder": str(one.folder), "solver": one.solver, "notes": one.notes}
                 for name, one in (("a", a), ("b", b))
             },
             "comparisons": [

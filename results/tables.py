@@ -15,8 +15,10 @@ from polypseg.protocols import PROTOCOLS
 from polypseg.run_config import load_run_config
 from polypseg.runs import read_epochs
 from polypseg.scores import SummaryRow, read_rows
+from polypseg.testsets import NOTES
 
 HERE = Path(__file__).parent
+CLINIC = f"{NOTES[SETS[1]]}\n"
 CURVES = "polypdeq-add-256"  # trained without its validation images
 CURVE_SOLVERS = ("HyperSolver", "Anderson from the start of HyperSolver", "Anderson", "Picard")
 SOLVERS = ("explicit", "picard", "broyden", "anderson", "hyper")
@@ -37,10 +39,11 @@ def main() -> None:
         "the paper's rows come from other schedules and another pretraining.\n",
     ]
     for protocol in PROTOCOLS:
-        parts += [f"## Kvasir-SEG and CVC-ClinicDB, protocol `{protocol}`\n", _sets(both, protocol)]
+        title = f"## Kvasir-SEG and CVC-ClinicDB, protocol `{protocol}`\n"
+        parts += [title, _sets(both, protocol), CLINIC]
     if classes:
         parts += ["## NeoPolyp-Small, protocol `default`\n", _targets(classes)]
-    parts += ["## Solves\n", _solves(rows), "## Trainings\n", _trainings(runs)]
+    parts += ["## Solves\n", _solves(rows), CLINIC, "## Trainings\n", _trainings(runs)]
     if (HERE / "ablations.csv").exists():
         parts += ["## Ablations, validation images\n", _ablations()]
     parts += [f"## Evaluations at inference, validation images, `{CURVES}`\n", _curves()]

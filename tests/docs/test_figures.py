@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 
+from polypseg.testsets import NOTES
 from tests.docs.pages import ROOT
 
 
@@ -35,6 +36,14 @@ def test_the_dice_shown_is_the_mean_of_the_images(tables: ModuleType) -> None:
     line = next(line for line in tables.readme().splitlines() if line.startswith("| HyperSolver"))
     shown = float(line.split("|")[2])
     assert abs(shown - 100 * sum(dice) / len(dice)) < 0.051
+
+
+def test_every_table_with_clinicdb_has_its_caveat() -> None:
+    text = (ROOT / "results" / "tables.md").read_text(encoding="utf-8")
+    sections = [part for part in text.split("\n## ") if "| CVC-ClinicDB" in part]
+    assert len(sections) == 4
+    for section in sections:
+        assert NOTES["CVC-ClinicDB"] in section
 
 
 def test_a_stale_page_is_seen(tables: ModuleType) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from scipy import stats
 
 from polypseg import cli
 from polypseg.evaluate import evaluate_run
-from polypseg.testsets import find_test_sets
+from polypseg.testsets import NOTES, find_test_sets
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,31 @@ def test_every_metric_is_compared_under_every_protocol(evaluated, tmp_path, caps
         assert line["low"] <= line["difference"] <= line["high"]
     first = lines[0]
     assert f"{100 * first['difference']:+.2f} [{100 * first['low']:+.2f}" in printed
+
+
+def test_the_notes_of_both_are_told_once_and_whose_they_are(evaluated, tmp_path, capsys):
+    a, b = (Path(shutil.copytree(evaluated, tmp_path / name)) for name in "ab")
+    for folder, notes in ((a, ["of both"]), (b, ["of both", "of one"])):
+        path = folder / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "notes": notes}))
+    out = tmp_path / "c.json"
+    assert cli.compare([str(a), str(b), "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith("\nNote on A and B: of both\n\nNote on B: of one\n")
+    record = json.loads(out.read_text())
+    assert (record["a"]["notes"], record["b"]["notes"]) == (["of both"], ["of both", "of one"])
+
+
+def test_a_known_set_has_its_caveat_whatever_an_older_version_noted(
+    tiny_run, synthetic_data, tmp_path, capsys
+):
+    sets = {"CVC-ClinicDB": find_test_sets([synthetic_data])["Synthetic"]}
+    evaluate_run(tiny_run, sets, ["explicit", "hyper"], tmp_path, limit=2)
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "notes": ["older"]}))
+    assert cli.compare([f"{tmp_path}:explicit", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"Note on A and B: {NOTES['CVC-ClinicDB']}\n\nNote on A and B: older" in printed
 
 
 def test_what_cannot_be_compared_is_said(evaluated, tiny_run, synthetic_data, tmp_path, capsys):

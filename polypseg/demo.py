@@ -20,7 +20,7 @@ from polypseg.plots import residual_plot
 from polypseg.predict import find_polyps
 from polypseg.predictor import Predictor, available_solvers
 from polypseg.released import released_run, sample_images
-from polypseg.report import DISCLAIMER
+from polypseg.result import DISCLAIMER
 
 if TYPE_CHECKING:
     import gradio

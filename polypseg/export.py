@@ -22,6 +22,7 @@ from polypseg.config import Config
 from polypseg.data import normalize
 from polypseg.inference import load_model
 from polypseg.predictor import available_solvers
+from polypseg.result import DISCLAIMER
 from polypseg.runs import versions
 from polypseg.unrolled import DECOMPOSITIONS
 
@@ -139,7 +140,7 @@ def export_run(
         "output": f"probabilities: (1, {config.model.classes}, {size}, {size}) float32",
         "largest_difference": difference,
         "versions": versions(),
-        "notice": "Research use only, not a medical device.",
+        "notice": DISCLAIMER,
     }
     write_atomic(out.with_name(f"{out.name}.json"), json.dumps(record, indent=2).encode())
     return record

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +21,7 @@ from polypseg.drawing import encode, encode_labels, overlay_labels
 from polypseg.metrics import THRESHOLD
 from polypseg.predictor import Predictor, available_solvers
 from polypseg.released import released_run
+from polypseg.result import DISCLAIMER
 from polypseg.runs import versions
 from polypseg.scores import json_values, to_csv
 from polypseg.solver_arguments import add_solver_arguments, check_solver_arguments
@@ -61,7 +64,9 @@ class Predictions:
     videos: dict[Path, tuple[list[FrameRow], Saving]]
 
 
-def predict_files(predictor: Predictor, sources: Sequence[Path | str], out: Path) -> Predictions:
+def predict_files(
+    predictor: Predictor, sources: Sequence[Path | str], out: Path, *, command: str = ""
+) -> Predictions:
     """Segment images and videos and write what was found.
 
     Written are, for every image, `masks/<stem>.png` (8 bits, 0 and 255, or NeoPolyp's colours if
@@ -74,6 +79,7 @@ def predict_files(predictor: Predictor, sources: Sequence[Path | str], out: Path
         predictor: the network.
         sources: image or video files, folders of them or glob patterns.
         out: a folder that does not exist yet or is empty.
+        command: the command line, for the record.
 
     Raises:
         DataError: a source holds nothing, a file cannot be read, two images or two videos have one
@@ -107,7 +113,7 @@ def predict_files(predictor: Predictor, sources: Sequence[Path | str], out: Path
     if rows:
         write_atomic(out / "predictions.csv", to_csv(rows, PredictionRow))
     predictions = Predictions(rows, boxes, found)
-    write_atomic(out / "predictions.json", _record(predictor, predictions))
+    write_atomic(out / "predictions.json", _record(predictor, predictions, command))
     return predictions
 
 
@@ -122,12 +128,17 @@ def find_polyps(mask: np.ndarray) -> list[dict[str, int]]:
     return sorted(regions, key=lambda region: -region["pixels"])
 
 
-def _record(predictor: Predictor, predictions: Predictions) -> bytes:
+def _record(predictor: Predictor, predictions: Predictions, command: str) -> bytes:
+    source = predictor.source
     record = {
         "program": PROGRAM,
+        "notice": DISCLAIMER,
+        "command": command,
+        "run": source and source.run,
+        "weights_sha256": source and source.weights,
         "threshold": THRESHOLD,
         "size": predictor.size,
-        "solver": None if predictor.deq is None else type(predictor.deq.solver).__name__,
+        "solver": source and source.solver,
         "solve": None if predictor.deq is None else asdict(predictor.deq.options),
         "versions": versions(),
         "images": [
@@ -179,14 +190,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `polypseg-predict`; errors are raised (see `polypseg.cli`)."""
-    options = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = _parser().parse_args(arguments)
     run = released_run() if options.run is None else options.run
     solver = available_solvers(run)[-1] if options.solver is None else options.solver
     check_solver_arguments([solver], options.tol, options.max_steps)
     predictor = Predictor.from_run(
         run, solver, tol=options.tol, max_steps=options.max_steps, device=options.device
     )
-    predictions = predict_files(predictor, options.sources, options.out)
+    command = shlex.join([PROGRAM, *arguments])
+    predictions = predict_files(predictor, options.sources, options.out, command=command)
     if predictions.images:
         found = sum(row.polyp_pixels > 0 for row in predictions.images)
         print(f"Images: {len(predictions.images)}, with a polyp marked: {found} (solver {solver})")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ _NEEDS = {
 }
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a predictor was loaded from.
+
+    Attributes:
+        run: the run directory, as it was named.
+        solver: one of `polypseg.inference.SOLVERS`.
+        weights: SHA-256 of each file of weights, by its name.
+    """
+
+    run: str
+    solver: str
+    weights: dict[str, str]
+
+
 class Predictor:
     """Segments polyps in images of any size, one at a time.
 
@@ -39,16 +55,18 @@ class Predictor:
             and left on its device.
         size: side of the square that images are resized to, as the network was trained; a multiple
             of 32.
+        source: where the network comes from, for the record; `from_run` tells it.
 
     Raises:
         ValueError: `size` is no positive multiple of 32.
     """
 
-    def __init__(self, model: nn.Module, size: int) -> None:
+    def __init__(self, model: nn.Module, size: int, source: Source | None = None) -> None:
         if size < STRIDE or size % STRIDE:
             raise ValueError(f"size must be a positive multiple of {STRIDE}, got {size}")
         self.model = model.eval()
         self.size = size
+        self.source = source
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +111,7 @@ class Predictor:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch raises either
             raise ValueError(f"device {device!r} cannot be used here: {error}") from error
-        return cls(model, config.data.size)
+        return cls(model, config.data.size, Source(str(run), solver, _digests(Path(run), solver)))
 
     def predict(self, image: np.ndarray, *, measure: bool = False) -> Result:
         """Segment one image.
@@ -197,6 +215,11 @@ def available_solvers(run: Path) -> list[str]:
             "implicit.safetensors); give a folder in which polypseg-train has finished a phase"
         )
     return found
+
+
+def _digests(run: Path, solver: str) -> dict[str, str]:
+    files = [run / f"{phase}.safetensors" for phase in _NEEDS.get(solver, ("implicit",))]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _probabilities(logits: torch.Tensor) -> np.ndarray:

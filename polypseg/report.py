@@ -13,15 +13,18 @@ import numpy as np
 from polypseg.checkpoint import write_atomic
 from polypseg.drawing import PREDICTION, TRUTH, draw_contour, encode, fit
 from polypseg.examples import Example
+from polypseg.lineage import RECORD, read_lineage
+from polypseg.lineage_text import described
 from polypseg.paper import CAVEAT, beside_the_paper
 from polypseg.plots import accuracy_against_time, residual_plot
 from polypseg.protocols import POLYP
+from polypseg.result import DISCLAIMER
+from polypseg.run_config import load_run_config
 from polypseg.runs import read_epochs
 from polypseg.scores import TABLE_HEADER, ImageRow, SummaryRow, by_kind, read_rows, table_cells
 
 EVALUATION = "evaluation"
 PICTURE_SIDE = 420
-DISCLAIMER = "Research use only, not a medical device."
 
 
 def write_report(
@@ -51,6 +54,7 @@ def write_report(
         *_evaluation(run / EVALUATION).items(),
         ("Worst images", _pictures(examples) if examples else ""),
         ("Residual against evaluations of f", _traces(traces) if traces else ""),
+        ("Data", _data(run)),
         ("Training", _training(run)),
         ("Configuration", _preformatted(run / "config.yaml")),
         ("Versions", _preformatted(run / "versions.json")),
@@ -183,6 +187,13 @@ def _traces(traces: Mapping[str, Sequence[np.ndarray]]) -> str:
         "<p>A thin line for each of some of the images above, a thick one for their median.</p>"
         f"{_plot(residual_plot(traces), 'residual curves')}"
     )
+
+
+def _data(run: Path) -> str:
+    lineage = read_lineage(run)
+    if lineage is None:
+        return f"<p>The run has no {RECORD}: what it was trained on is not recorded.</p>"
+    return _paragraphs(described(lineage, load_run_config(run / "config.yaml").seed))
 
 
 def _training(run: Path) -> str:

@@ -11,6 +11,7 @@ from polypseg.metrics import THRESHOLD
 
 EXPLICIT = "EXPLICIT"
 NON_FINITE = "NON_FINITE"
+DISCLAIMER = "Research use only, not a medical device."
 
 
 @dataclass(frozen=True)

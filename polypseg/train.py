@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import json
 import logging
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -55,7 +57,8 @@ class InputError(ValueError):
 
 def main(argv: list[str] | None = None) -> int:
     """`polypseg-train`: train what is not yet trained, evaluate, and write the report."""
-    arguments = parse(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parse(given)
     if arguments.recipe == "list":
         width = max(map(len, recipes()))
         print("\n".join(f"{name:{width}}  {purpose}" for name, purpose in recipes().items()))
@@ -85,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             elif processes.first:  # so small a network is not worth sharing
                 fit_hyper(run)
     if arguments.evaluate and processes.first:
-        _evaluate(run, data)
+        _evaluate(run, data, shlex.join(["polypseg-train", *given]))
     return 0
 
 
@@ -151,7 +154,7 @@ def _split(data: Path, config: Config) -> Split:
     return split.with_validation_in_training() if config.data.train_on == "all" else split
 
 
-def _evaluate(run: Run, data: Path) -> None:
+def _evaluate(run: Run, data: Path, command: str) -> None:
     """Score the run on its test sets or, where there are none, on the held-out images."""
     if (data / "TestDataset").is_dir():
         sets = find_test_sets([data], run.config.model.classes)
@@ -162,7 +165,6 @@ def _evaluate(run: Run, data: Path) -> None:
         return
     else:
         sets = {HELD_OUT: run.split.val}
-    command = f"polypseg-train {run.folder}"
     evaluation = evaluate_run(run.folder, sets, device=str(run.device), command=command)
     print_evaluation(evaluation)
     print(f"Report: {report_evaluation(run.folder, evaluation)}")

@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -83,6 +85,25 @@ def test_masks_overlays_and_the_table_agree(tiny_run, images, tmp_path, capsys):
         loss = abs(drawn - overlay(image, mask > 0)).mean()  # JPEG's
         assert loss < 0.3 * abs(drawn - image).mean()
     assert rows["turned.jpg"]["width"] == "90"
+
+
+@pytest.mark.parametrize(
+    ("solver", "phases"),
+    [("explicit", ["explicit"]), ("picard", ["implicit"]), ("hyper", ["implicit", "hyper"])],
+)
+def test_the_record_says_what_made_the_masks(solver, phases, tiny_run, images, tmp_path):
+    out = tmp_path / "out"
+    arguments = [str(images / "a photo.jpg"), "--run", str(tiny_run), "--out", str(out)]
+    assert cli.predict([*arguments, "--solver", solver]) == 0
+    record = json.loads((out / "predictions.json").read_text())
+    command = shlex.split(record["command"])
+    assert command == ["polypseg-predict", *arguments, "--solver", solver]
+    assert (record["run"], record["solver"]) == (str(tiny_run), solver)
+    files = [tiny_run / f"{phase}.safetensors" for phase in phases]
+    assert record["weights_sha256"] == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
+    assert record["notice"] == "Research use only, not a medical device."
 
 
 def test_the_default_solver_is_the_runs_best(tiny_run, images, tmp_path, capsys):

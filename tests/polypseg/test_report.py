@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from polypseg.data import find_pairs, read_image, read_mask
+from polypseg.data.splits import published_validation_stems
 from polypseg.drawing import PREDICTION, TRUTH
 from polypseg.evaluate import evaluate_run
 from polypseg.examples import Example, contact_sheet, residual_traces, worst_examples
+from polypseg.lineage import Lineage, Origin, write_lineage
 from polypseg.predictor import Predictor
 from polypseg.report import write_report
 from polypseg.scores import SummaryRow, read_rows, table_cells
@@ -115,6 +117,27 @@ def test_a_run_that_has_only_begun_has_a_page(copy_run):
     assert "No epoch has been finished yet" in page
     assert "size: 64" in page
     assert not pictures(page)
+
+
+def test_the_page_says_what_the_run_was_trained_on(copy_run):
+    run = copy_run()
+    assert "The run has no data.json" in write_report(run).read_text()
+    seen = {f"s{number}": ["", ""] for number in range(4)}
+    encoder = Lineage(Origin("mit <b0>.safetensors", "ab12"), seen, {"v": ["", ""]})
+    start = Origin("implicit.safetensors", "cd34", "parent", encoder)
+    write_lineage(run, Lineage(start, {"a": ["", ""], "b": ["", ""]}, {"b": ["", ""]}))
+    assert (
+        "<h2>Data</h2>\n<p>2 training and 1 validation images, 1 of which trained too; parted at "
+        "random, by the seed 0.</p><p>Started from implicit.safetensors (SHA-256 cd34) of the run "
+        "parent, which trained on 4 images and started from the pretrained encoder "
+        "mit &lt;b0&gt;.safetensors (SHA-256 ab12), the rest from random weights.</p>"
+    ) in write_report(run).read_text()
+    published = {stem: ["", ""] for stem in published_validation_stems()}
+    write_lineage(run, Lineage(None, seen, published))
+    assert (
+        "<p>4 training and 145 validation images; parted by the committed list polyp_val.txt.</p>"
+        "<p>Started from random weights.</p>"
+    ) in write_report(run).read_text()
 
 
 def test_a_contact_sheet_has_image_truth_and_prediction_in_a_row():

@@ -1,7 +1,9 @@
 """Training end to end on tiny synthetic images, resuming, and what is refused."""
 
 import csv
+import html
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -94,6 +96,19 @@ def test_a_finished_run_is_left_alone(run: Path, data: Path) -> None:
     assert main([str(run), "--data", str(data), "--no-evaluate"]) == 0
     assert before == {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
     assert len(rows(run)) == 11
+
+
+def test_the_report_has_the_whole_command(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "a copy"))
+    config = Path(shutil.copy(run / "config.yaml", tmp_path))
+    given = [str(copy), "--data", str(data), "--config", str(config), "explicit.epochs=6"]
+    monkeypatch.setattr("sys.argv", ["polypseg-train", *given])
+    assert main() == 0
+    command = shlex.join(["polypseg-train", *given])
+    assert json.loads((copy / "evaluation" / "summary.json").read_text())["command"] == command
+    assert f"<p>Command: {html.escape(command)}</p>" in (copy / "report.html").read_text()
 
 
 def test_a_run_is_not_continued_with_other_settings(run: Path, data: Path) -> None:

@@ -35,8 +35,9 @@ ALIASES = {"CVC-300": "EndoScene", "ETIS-LaribPolypDB": "ETIS-Larib", "ETIS": "E
 NEOPOLYP = "NeoPolyp-Small"
 CAVEAT = (
     "The paper's rows are copied from its tables 2 and 3: other training schedules, another "
-    "pretraining of the encoder, the training size as the size of scoring (protocol paper), and "
-    "for NeoPolyp-Small its own test images."
+    "pretraining of the encoder, and for NeoPolyp-Small its own test images. It says neither at "
+    "which size nor at which threshold it scores; protocol paper (the training size, 0.5, means "
+    "of each image's scores) is our reading of it."
 )
 
 

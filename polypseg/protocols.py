@@ -23,7 +23,8 @@ PROTOCOLS = {
     "over levels, then over images. The stretch lets a map that is below 0.5 everywhere score "
     "well, so these figures compare only with others made like this.",
     "paper": "Dice and IoU per image at the size that the network was trained at, the true mask "
-    "resized to it, threshold 0.5, then the mean over images; 1 where both are empty.",
+    "resized to it, threshold 0.5, then the mean over images; 1 where both are empty. Our reading "
+    "of the HyperPolypDEQ paper, which tells neither size nor threshold.",
 }
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from polypseg.paper import beside_the_paper
+from polypseg.paper import CAVEAT, beside_the_paper
+from polypseg.protocols import PROTOCOLS
 from polypseg.scores import ImageRow, summarise
 
 ROW = ImageRow("a", "default", "polyp", 1, 0, 0, 1, 0.9, 0.8, 1.0, 3, 4, 1e-3, "CONVERGED", 0.1)
@@ -19,6 +20,11 @@ def test_own_figures_stand_above_the_papers():
     assert table[0] == ["this run, explicit, protocol default", "90.0 / 80.0", "90.0 / 80.0"]
     assert table[-1] == ["paper, HyperPolypDEQ", "90.7 / 84.9", "67.6 / 59.7"]
     assert ["paper, SegFormer-B0", "89.7 / 83.9", "65.7 / 58.3"] in table
+
+
+def test_what_the_paper_does_not_say_is_not_told_as_its_own():
+    assert "says neither at which size nor at which threshold it scores" in CAVEAT
+    assert "Our reading" in PROTOCOLS["paper"]
 
 
 def test_neopolyp_has_a_column_a_class():

@@ -119,7 +119,8 @@ def make_config(
     Raises:
         ConfigError: names every unknown key, wrong type and value out of range at once.
     """
-    settings = yaml.safe_load(resources.files("polypseg").joinpath("defaults.yaml").read_text())
+    text = resources.files("polypseg").joinpath("defaults.yaml").read_text()
+    settings, defaults = yaml.safe_load(text), yaml.safe_load(text)
     faults: list[str] = []
     _merge(settings, changes, "", faults)
     for override in overrides:
@@ -131,9 +132,8 @@ def make_config(
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(settings, nested, "", faults)
-    config = _build(Config, settings, "", faults)
-    if not faults:
-        faults += out_of_range(config)
+    config = _build(Config, settings, defaults, "", faults)
+    faults += out_of_range(config)  # defaults stand in for what is of a wrong type
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
         raise ConfigError(f"{where}the configuration has faults:\n{listed}")
@@ -223,26 +223,40 @@ def _merge(
             settings[key] = value
 
 
-def _build(kind: type, settings: Mapping[str, Any], where: str, faults: list[str]) -> Any:
+def _build(
+    kind: type,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    where: str,
+    faults: list[str],
+) -> Any:
+    """A section of the configuration, with the default where a value is of a wrong type."""
     hints = get_type_hints(kind)
     values = {}
     for field in dataclasses.fields(kind):
-        expected, value = hints[field.name], settings[field.name]
+        expected, value, default = (found[field.name] for found in (hints, settings, defaults))
         name = f"{where}{field.name}"
         if dataclasses.is_dataclass(expected):
-            values[field.name] = _build(expected, value, f"{name}.", faults)  # type: ignore[arg-type]
-        elif expected == tuple[float, ...]:
-            numbers = value if isinstance(value, (list, tuple)) else [value]
-            if not all(_is(float, number) for number in numbers):
-                faults.append(f"{name} must be a list of numbers, got {value!r}")
-            values[field.name] = tuple(numbers)
-        else:
-            if expected is float and isinstance(value, str):
-                value = _value(value)
-            if not _is(expected, value):
-                faults.append(f"{name} must be of type {expected.__name__}, got {value!r}")
-            values[field.name] = float(value) if expected is float and _is(float, value) else value
+            values[field.name] = _build(expected, value, default, f"{name}.", faults)  # type: ignore[arg-type]
+            continue
+        values[field.name], wanted = _typed(expected, value)
+        if wanted is not None:
+            faults.append(f"{name} must be {wanted}, got {values[field.name]!r}")
+            values[field.name], _ = _typed(expected, default)
     return kind(**values)
+
+
+def _typed(expected: Any, value: Any) -> tuple[Any, str | None]:
+    """A value as a setting of that type holds it; with what it must be, where it is not."""
+    if expected == tuple[float, ...]:
+        numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        fine = all(_is(float, number) for number in numbers)
+        return (numbers, None) if fine else (value, "a list of numbers")
+    if expected is float and isinstance(value, str):
+        value = _value(value)
+    if not _is(expected, value):
+        return value, f"of type {expected.__name__}"
+    return (float(value) if expected is float else value), None
 
 
 def _is(kind: type, value: Any) -> bool:

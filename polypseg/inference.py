@@ -109,8 +109,16 @@ def hyper_options(settings: SolveConfig, max_steps: int | None = None) -> dict[s
 def _weights(run: Path, phase: str, solver: str) -> Path:
     path = run / f"{phase}.safetensors"
     if not path.is_file():
+        remedy = f"train it: polypseg-train {run}"
+        if phase == "explicit" and _is_release(run):
+            remedy = "a released model holds none; choose another solver"
         raise CheckpointError(
             f"{path}: missing, but solver '{solver}' needs the weights of the {phase} phase; "
-            f"train it: polypseg-train {run}"
+            f"{remedy}"
         )
     return path
+
+
+def _is_release(run: Path) -> bool:
+    """Whether a folder holds trained weights and no trace of the training, which a run has."""
+    return (run / "implicit.safetensors").is_file() and not (run / "results.csv").exists()

@@ -206,6 +206,8 @@ def _training(run: Path) -> str:
             parts.append(_table(rows[0], (map(_short, row.values()) for row in last.values())))
     if (run / "curves.png").is_file():
         parts.append(_plot((run / "curves.png").read_bytes(), "training curves"))
+    if not parts and any(run.glob("*.safetensors")):  # a released model
+        return "<p>The folder holds weights and no log of their training.</p>"
     return "".join(parts) or "<p>No epoch has been finished yet.</p>"
 
 

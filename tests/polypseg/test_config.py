@@ -75,13 +75,15 @@ def test_all_faults_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         make_config(
             {"explicit": {"epoch": 3, "lr": "fast"}, "data": {"size": 100}, "modle": {}},
-            ["implicit.solver", "seed.x=1"],
+            ["implicit.solver", "seed.x=1", "hyper.batch=0"],
         )
     message = str(caught.value)
     for fragment in (
         "explicit.epoch is not",
         "explicit.lr must",
         "modle",
+        "data.size must",
+        "hyper.batch must",
         "implicit.solver",
         "seed",
     ):

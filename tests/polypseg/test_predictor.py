@@ -240,6 +240,16 @@ def test_runs_that_cannot_make_a_polyp_mask_are_refused(tiny_run, copy_run):
         Predictor.from_run(run, "explicit")
 
 
+def test_of_a_released_model_nobody_is_told_to_train_the_explicit_phase(copy_run):
+    run = copy_run()
+    (run / "explicit.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="a released model holds none; choose another solver"):
+        Predictor.from_run(run, "explicit")
+    (run / "results.csv").write_text("phase,epoch\nexplicit,1\n")
+    with pytest.raises(CheckpointError, match="train it: polypseg-train"):
+        Predictor.from_run(run, "explicit")
+
+
 def test_classes_are_told_apart_by_the_largest_logit():
     class Classes(Fixed):
         def forward(self, images: torch.Tensor) -> Prediction:

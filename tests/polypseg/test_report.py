@@ -112,7 +112,11 @@ def test_pictures_show_truth_and_prediction(copy_run):
 
 
 def test_a_run_that_has_only_begun_has_a_page(copy_run):
-    page = write_report(copy_run()).read_text()
+    run = copy_run()
+    assert "holds weights and no log of their training" in write_report(run).read_text()
+    for weights in run.glob("*.safetensors"):
+        weights.unlink()
+    page = write_report(run).read_text()
     assert "Not evaluated yet" in page
     assert "No epoch has been finished yet" in page
     assert "size: 64" in page

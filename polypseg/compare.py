@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 from polypseg.checkpoint import write_atomic
 from polypseg.evaluation import earlier_evaluation
 from polypseg.report import EVALUATION
-from polypseg.scores import ImageRow, by_kind, read_rows, text_columns
-from polypseg.statistics import Comparison, compare_paired
+from polypseg.scores import ImageRow, by_kind, json_values, read_rows, text_columns
+from polypseg.statistics import Comparison, compare_paired, interval_notes
 from polypseg.testsets import NOTES
 
 PROGRAM = "polypseg-compare"
@@ -72,8 +73,9 @@ def load_evaluated(source: str) -> Evaluated:
             f"{folder}: solver {solver!r} was not evaluated; known: {', '.join(known)}"
         )
     rows = {name: read_rows(folder / f"{name}-{solver}.csv", ImageRow) for name in record["data"]}
-    # What an older version noted of a known set may say less than is known today.
+    # What an older version noted of a set may say less than is known today.
     notes = [NOTES[name] for name in rows if name in NOTES] + record["notes"]
+    notes += interval_notes({name: len({row.stem for row in own}) for name, own in rows.items()})
     return Evaluated(folder, solver, rows, list(dict.fromkeys(notes)))
 
 
@@ -141,7 +143,7 @@ def _cells(line: Line) -> tuple[str, ...]:
         str(found.images),
         f"{a:.2f}",
         f"{b:.2f}",
-        f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]",
+        f"{difference:+.2f} [{'–' if math.isnan(low) else f'{low:+.2f}, {high:+.2f}'}]",
         f"{found.p_value:.2g}",
         f"{found.higher} / {found.equal} / {found.lower}",
     )
@@ -183,6 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {one.solver} of {one.folder}")
     print(f"\n{as_text(lines)}")
     print("\ndice and iou: per cent, higher is better; hd95: pixels, lower is better")
+    print(
+        "the interval is of the mean difference, p of the ranks of the differences: either may "
+        "tell a difference where the other does not"
+    )
     for note in _notes(a, b):
         print(f"\n{note}")
     if options.json is not None:
@@ -200,5 +206,5 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for line in lines
             ],
         }
-        write_atomic(options.json, json.dumps(record, indent=2).encode())
+        write_atomic(options.json, json.dumps(json_values(record), indent=2).encode())
     return 0

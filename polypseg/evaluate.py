@@ -28,6 +28,7 @@ from polypseg.scores import (
 )
 from polypseg.seen import held_out_sets, notes_on_seen
 from polypseg.solver_arguments import add_solver_arguments, check_solver_arguments
+from polypseg.statistics import interval_notes
 from polypseg.testsets import NOTES, audit_test_sets, find_test_sets
 
 WARM_UP = 2
@@ -173,6 +174,7 @@ def evaluate_run(
     summary.sort(key=lambda row: (protocols.index(row.protocol), list(rows).index(row.data)))
     notes = [NOTES[name] for name in limited if name in NOTES]
     notes += notes_on_seen(lineage, sets, limited)
+    notes += interval_notes({name: len(pairs) for name, pairs in limited.items()})
     settings = {
         "command": command,
         "run": str(run),

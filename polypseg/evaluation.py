@@ -13,6 +13,7 @@ from polypseg.predictor import Predictor
 from polypseg.protocols import PROTOCOLS
 from polypseg.runs import versions
 from polypseg.scores import ImageRow, SummaryRow, json_values, to_csv
+from polypseg.statistics import FEWEST
 
 PROGRAM = "polypseg-evaluate"
 
@@ -50,7 +51,8 @@ def write_evaluation(evaluation: Evaluation) -> None:
         "program": PROGRAM,
         **evaluation.settings,
         "protocols": {name: PROTOCOLS[name] for name in evaluation.protocols},
-        "intervals": "95 %, bootstrap over images (not over videos or patients)",
+        "intervals": "95 %, bootstrap over images (not over videos or patients); none below "
+        f"{FEWEST} images",
         "hd95": "95 % Hausdorff distance of the borders, pixels; the image's diagonal where only "
         "one of truth and prediction is empty",
         "seconds": "of the network on one image, after a warm-up, the solvers taking turns",

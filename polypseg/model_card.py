@@ -9,7 +9,7 @@ from polypseg.config import Config, ModelConfig
 from polypseg.data.classes import CLASS_NAMES
 from polypseg.data.splits import TRAIN_DIGEST, stems_digest
 from polypseg.lineage import Lineage, Origin
-from polypseg.scores import SummaryRow
+from polypseg.scores import SummaryRow, per_cent
 
 _NVIDIA = (
     "Weights inherit the conditions of those that they start from: NVIDIA's SegFormer encoders "
@@ -148,7 +148,7 @@ def _table(summary: list[SummaryRow], classes: int) -> str:
             row.solver,
             row.protocol,
             str(row.images),
-            f"{100 * row.mDice:.2f} [{100 * row.mDice_low:.1f}, {100 * row.mDice_high:.1f}]",
+            per_cent(row.mDice, row.mDice_low, row.mDice_high),
             f"{100 * row.mIoU:.2f}",
             f"{row.evaluations_mean:.1f}",
             f"{row.seconds_median:.3f}",

@@ -46,7 +46,8 @@ class SummaryRow:
 
     Attributes:
         mDice, mIoU: means over images of each image's score, 0 to 1.
-        mDice_low, mDice_high, mIoU_low, mIoU_high: their 95 % confidence intervals over images.
+        mDice_low, mDice_high, mIoU_low, mIoU_high: their 95 % confidence intervals over images;
+            NaN where there are fewer than 10.
         hd95_mean: mean of the 95 % Hausdorff distances, in pixels.
         seconds_q1, seconds_median, seconds_q3: quartiles of the seconds per image.
         converged_share: of images with a residual of at most 1e-3. The residuals, and this share,
@@ -157,8 +158,8 @@ def table_cells(row: SummaryRow) -> tuple[str, ...]:
         row.protocol,
         row.target,
         str(row.images),
-        f"{100 * row.mDice:.2f} [{100 * row.mDice_low:.1f}, {100 * row.mDice_high:.1f}]",
-        f"{100 * row.mIoU:.2f} [{100 * row.mIoU_low:.1f}, {100 * row.mIoU_high:.1f}]",
+        per_cent(row.mDice, row.mDice_low, row.mDice_high),
+        per_cent(row.mIoU, row.mIoU_low, row.mIoU_high),
         f"{row.hd95_mean:.1f} px",
         f"{row.seconds_median:.3f} [{row.seconds_q1:.3f}, {row.seconds_q3:.3f}]",
         f"{row.steps_mean:.1f} ({row.steps_max})",
@@ -166,6 +167,12 @@ def table_cells(row: SummaryRow) -> tuple[str, ...]:
         f"{row.residual_median:.1e} ({row.residual_worst:.1e})" if measured else "–",
         f"{100 * row.converged_share:.0f} %" if measured else "–",
     )
+
+
+def per_cent(mean: float, low: float, high: float) -> str:
+    """A mean of scores from 0 to 1 with its interval, where it has one."""
+    interval = "–" if math.isnan(low) else f"{100 * low:.1f}, {100 * high:.1f}"
+    return f"{100 * mean:.2f} [{interval}]"
 
 
 def text_table(rows: Sequence[SummaryRow]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +12,45 @@ from scipy import stats
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SEED = 0
+# Below the first no interval is given, below the second one with a note: from so few images a
+# bootstrap covers the mean far less often than it says (`python results/coverage.py`).
+FEWEST = 10
+FEW = 30
 # Resampled values held at once, so that large test sets do not fill the memory.
 _BLOCK = 4_000_000
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % confidence interval of a mean over images: percentile bootstrap, 10 000 resamples.
+    """95 % confidence interval of a mean over images, as `bootstrap_interval`.
+
+    Both ends are NaN where there are fewer than 10 values, too few for any.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    found = bootstrap_interval(values)
+    return found if len(values) >= FEWEST else (math.nan, math.nan)
+
+
+def interval_notes(images: Mapping[str, int]) -> list[str]:
+    """What has to be said of intervals over few images.
+
+    Args:
+        images: how many each test set holds, by its name.
+    """
+    return [
+        f"{name}: no intervals; those of {count} images would hold the true mean far less often "
+        "than they say."
+        if count < FEWEST
+        else f"{name}: {count} images are too few for exact intervals; they hold the true mean "
+        "less often than they say."
+        for name, count in images.items()
+        if count < FEW
+    ]
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean, of any number of values: percentile bootstrap, 10 000 resamples.
 
     The seed is fixed, so equal values give an equal interval. Images are drawn independently: where
     they are frames of few videos, the true interval is wider.
@@ -47,7 +81,7 @@ class Comparison:
     Attributes:
         mean_a, mean_b: means over the images.
         difference: mean of B minus A.
-        low, high: its 95 % confidence interval, by a bootstrap over images (paired).
+        low, high: its 95 % confidence interval (`mean_interval`) over images (paired).
         p_value: two-sided Wilcoxon signed-rank test of the differences, those of zero split evenly
             between the signs; 1 where all are zero.
         higher, equal, lower: on how many images B is above, equal to or below A.

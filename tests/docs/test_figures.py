@@ -10,14 +10,19 @@ from polypseg.testsets import NOTES
 from tests.docs.pages import ROOT
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("result_pages", ROOT / "results" / "pages.py")
+def script(name: str) -> ModuleType:
+    """A script of results/, as a module."""
+    spec = importlib.util.spec_from_file_location(f"result_{name}", ROOT / "results" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return script("pages")
 
 
 def test_no_page_is_stale(tables: ModuleType, capsys: pytest.CaptureFixture) -> None:
@@ -44,6 +49,16 @@ def test_every_table_with_clinicdb_has_its_caveat() -> None:
     assert len(sections) == 4
     for section in sections:
         assert NOTES["CVC-ClinicDB"] in section
+
+
+def test_the_coverage_of_the_intervals_is_what_the_script_finds() -> None:
+    coverage = script("coverage")
+    lines = (ROOT / "docs" / "polypseg" / "results.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [n for n, line in enumerate(lines) if line.startswith("| intervals that hold")]
+    sizes, shares = ([int(cell) for cell in lines[n].split("|")[2:-1]] for n in (row - 2, row))
+    assert sizes == list(coverage.SIZES)
+    for images in (4, 15):
+        assert shares[sizes.index(images)] == round(100 * coverage.coverage(images))
 
 
 def test_a_stale_page_is_seen(tables: ModuleType) -> None:

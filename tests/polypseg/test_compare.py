@@ -17,13 +17,10 @@ from polypseg.testsets import NOTES, find_test_sets
 @pytest.fixture(scope="module")
 def evaluated(tiny_run, synthetic_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared") / "out"
+    twice = {name: 2 * pairs for name, pairs in find_test_sets([synthetic_data]).items()}
     evaluate_run(
-        tiny_run,
-        find_test_sets([synthetic_data]),
-        ["explicit", "hyper"],
-        out,
-        protocols=["default", "pranet"],
-    )
+        tiny_run, twice, ["explicit", "hyper"], out, protocols=["default", "pranet"]
+    )  # twelve images, so that there are intervals
     return out
 
 
@@ -55,6 +52,21 @@ def test_every_metric_is_compared_under_every_protocol(evaluated, tmp_path, caps
         assert line["low"] <= line["difference"] <= line["high"]
     first = lines[0]
     assert f"{100 * first['difference']:+.2f} [{100 * first['low']:+.2f}" in printed
+    assert "the interval is of the mean difference, p of the ranks" in printed
+
+
+def test_few_images_have_no_interval_and_a_note(tiny_run, synthetic_data, tmp_path, capsys):
+    out, path = tmp_path / "out", tmp_path / "c.json"
+    evaluate_run(tiny_run, find_test_sets([synthetic_data]), ["explicit", "hyper"], out)
+    record = json.loads((out / "summary.json").read_text())
+    (note,) = record["notes"]
+    assert note.startswith("Synthetic: no intervals; those of 6 images")
+    (out / "summary.json").write_text(json.dumps({**record, "notes": []}))  # of an older version
+    assert cli.compare([f"{out}:explicit", str(out), "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert " [–] " in printed
+    assert f"Note on A and B: {note}" in printed
+    assert json.loads(path.read_text())["comparisons"][0]["low"] is None
 
 
 def test_the_notes_of_both_are_told_once_and_whose_they_are(evaluated, tmp_path, capsys):
@@ -65,9 +77,11 @@ def test_the_notes_of_both_are_told_once_and_whose_they_are(evaluated, tmp_path,
     out = tmp_path / "c.json"
     assert cli.compare([str(a), str(b), "--json", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert printed.endswith("\nNote on A and B: of both\n\nNote on B: of one\n")
+    assert "\n\nNote on A and B: of both\n\n" in printed
+    assert printed.endswith("\n\nNote on B: of one\n")
     record = json.loads(out.read_text())
-    assert (record["a"]["notes"], record["b"]["notes"]) == (["of both"], ["of both", "of one"])
+    assert record["a"]["notes"][0] == "of both"
+    assert record["b"]["notes"][:2] == ["of both", "of one"]
 
 
 def test_a_known_set_has_its_caveat_whatever_an_older_version_noted(
@@ -86,8 +100,7 @@ def test_what_cannot_be_compared_is_said(evaluated, tiny_run, synthetic_data, tm
     folder = str(evaluated)
     other = tmp_path / "other"
     evaluate_run(tiny_run, find_test_sets([synthetic_data]), ["explicit"], other, limit=2)
-    changed = tmp_path / "changed"
-    evaluate_run(tiny_run, find_test_sets([synthetic_data]), ["explicit"], changed)
+    changed = Path(shutil.copytree(evaluated, tmp_path / "changed"))
     path = changed / "Synthetic-explicit.csv"
     lines = path.read_text().splitlines()
     cells = lines[1].split(",")
@@ -100,7 +113,10 @@ def test_what_cannot_be_compared_is_said(evaluated, tiny_run, synthetic_data, tm
         ([folder, f"{folder}:newton"], "solver 'newton' was not evaluated; known: explicit, hyper"),
         ([folder, str(tmp_path)], "holds no evaluation; make one with polypseg-evaluate"),
         ([folder, str(other)], "the two evaluations differ in 4 images"),
-        ([folder, str(changed)], "the true mask of synthetic_0001 has changed"),
+        (
+            [f"{folder}:explicit", f"{changed}:explicit"],
+            "the true mask of synthetic_0001 has changed",
+        ),
         ([folder, str(elsewhere)], "no test folder and protocol in common: Synthetic and Other"),
     ):
         assert cli.compare(arguments) == 1

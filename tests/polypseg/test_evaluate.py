@@ -170,7 +170,7 @@ def test_figures_on_clinicdb_come_with_their_caveat(tiny_run, test_set, tmp_path
     arguments = [str(tiny_run), "--data", str(clinic), "--solvers", "explicit", "--limit", "1"]
     assert cli.evaluate([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert "All 62 test frames" in capsys.readouterr().out
-    (note,) = json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
+    note = json.loads((tmp_path / "out" / "summary.json").read_text())["notes"][0]
     assert "each next to a training frame" in note
 
 

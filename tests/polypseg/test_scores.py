@@ -43,7 +43,13 @@ def test_a_summary_holds_the_statistics_of_its_rows():
     quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
     assert summary.mDice == pytest.approx(2.4 / 4)
     assert summary.hd95_mean == pytest.approx(6)
-    assert summary.mDice_low < summary.mDice < summary.mDice_high
+    assert math.isnan(summary.mDice_low)  # of four images there is no interval
+    more = summarise("Kvasir", "anderson", 3 * ROWS)
+    assert more.mDice_low < more.mDice < more.mDice_high
+    assert table_cells(summary)[5] == "60.00 [–]"
+    assert (
+        table_cells(more)[5] == f"60.00 [{100 * more.mDice_low:.1f}, {100 * more.mDice_high:.1f}]"
+    )
     assert summary.mIoU == pytest.approx(1.2 / 4)
     assert [summary.seconds_q1, summary.seconds_median, summary.seconds_q3] == pytest.approx(
         quartiles

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from polypseg.statistics import compare_paired, mean_interval
+from polypseg.statistics import (
+    bootstrap_interval,
+    compare_paired,
+    interval_notes,
+    mean_interval,
+)
 
 VALUES = np.random.default_rng(0).beta(5, 1, 80)
 
@@ -25,8 +30,12 @@ def test_blocks_do_not_change_the_interval(monkeypatch):
     assert mean_interval(VALUES) == pytest.approx(whole, abs=1e-12)
 
 
-def test_one_image_has_an_interval_of_no_width():
-    assert mean_interval([0.25]) == (0.25, 0.25)
+def test_few_images_have_no_interval_and_a_note_says_so():
+    assert np.isnan(mean_interval(VALUES[:9])).all()
+    assert mean_interval(VALUES[:10]) == bootstrap_interval(VALUES[:10])
+    few, more = interval_notes({"nine": 9, "ten": 10, "thirty": 30})
+    assert few.startswith("nine: no intervals; those of 9 images would hold the true mean far less")
+    assert more.startswith("ten: 10 images are too few for exact intervals")
     with pytest.raises(ValueError, match="at least one image"):
         mean_interval([])
 

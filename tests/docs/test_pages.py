@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import pytest
 import torch
 import yaml
 
+from deqsolvers import Status
 from polypseg.config import make_config
-from polypseg.scores import TABLE_HEADER
+from polypseg.predict import PredictionRow
+from polypseg.result import EXPLICIT
+from polypseg.scores import TABLE_HEADER, ImageRow, SummaryRow
 from polypseg.validation import CONVERGED
 from tests.docs.pages import PAGES, ROOT, blocks, name
 
@@ -104,6 +108,20 @@ def test_the_guide_names_the_column_of_small_residuals_as_printed() -> None:
     rows = [line.split("|") for line in page.splitlines() if "converged_share" in line]
     assert [row[1].strip() for row in rows] == [TABLE_HEADER[-1]]
     assert float(re.search(r"at most ([\d.e-]+)", rows[0][2])[1]) == CONVERGED
+
+
+def test_the_guide_explains_every_column_and_status() -> None:
+    page = (ROOT / "docs" / "polypseg" / "results.md").read_text()
+    section = page.partition("## Statuses and columns\n")[2].partition("\n## ")[0]
+    titles = [
+        re.findall(r"`(\w+)`", line.split("|")[1]) for line in section.splitlines() if "|" in line
+    ]
+    named = {word for words in titles for word in words}
+    columns = {
+        field.name for kind in (ImageRow, SummaryRow, PredictionRow) for field in fields(kind)
+    }
+    statuses = {status.name for status in Status} | {EXPLICIT}
+    assert named == columns | statuses
 
 
 def check_command(words: list[str], where: str) -> None:

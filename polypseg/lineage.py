@@ -55,9 +55,15 @@ class Lineage:
 
     def seen(self) -> set[str]:
         """The digests of all images that trained the weights, in this run or before it."""
+        return {image for trained in self._trained() for image, _ in trained.values()}
+
+    def seen_stems(self) -> set[str]:
+        """Their stems."""
+        return {stem for trained in self._trained() for stem in trained}
+
+    def _trained(self) -> list[Digests]:
         before = self.start.record if self.start is not None else None
-        own = {image for image, _ in self.training.values()}
-        return own | before.seen() if before is not None else own
+        return [self.training, *(before._trained() if before is not None else [])]
 
 
 def make_lineage(split: Split, start: Start) -> Lineage:

@@ -9,6 +9,8 @@ from polypseg.data import DataError, Fault, Pair
 from polypseg.lineage import Digests, Lineage, image_digests
 
 HELD_OUT = "validation"  # the name under which a training scores its own held-out images
+# Of the images whose bytes are new, the share with names of training images that is no accident.
+NAMED_ALIKE = 0.5
 
 Sets = Mapping[str, Sequence[Pair]]
 
@@ -49,13 +51,21 @@ def notes_on_seen(lineage: Lineage | None, given: Sets, scored: Sets) -> list[st
         for name, pairs in given.items()
         if name not in scored
     ]
-    seen = lineage.seen()
+    seen, stems = lineage.seen(), lineage.seen_stems()
     for name, pairs in scored.items():
-        count = sum(digest in seen for digest in image_digests(pairs))
-        if count:
+        known = [digest in seen for digest in image_digests(pairs)]
+        if any(known):
             notes.append(
-                f"{name}: {count} of {len(pairs)} images were trained on; figures on those say "
-                "nothing of new images."
+                f"{name}: {sum(known)} of {len(pairs)} images were trained on; figures on those "
+                "say nothing of new images."
+            )
+        others = [pair.stem for pair, same in zip(pairs, known, strict=True) if not same]
+        named = sum(stem in stems and not stem.isdecimal() for stem in others)
+        if named and named >= NAMED_ALIKE * len(others):
+            notes.append(
+                f"{name}: {named} of {len(pairs)} images have the names of training images and "
+                "other bytes. If they are those images, saved anew, figures on them say nothing of "
+                "new ones."
             )
     return notes
 

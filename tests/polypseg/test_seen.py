@@ -3,12 +3,14 @@
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from polypseg import cli
-from polypseg.data import DataError, Split, find_pairs, make_synthetic, random_split
+from polypseg.data import DataError, Pair, Split, find_pairs, make_synthetic, random_split
 from polypseg.evaluate import evaluate_run
 from polypseg.lineage import Lineage, Origin, make_lineage, write_lineage
 from polypseg.starting import Start
@@ -107,6 +109,32 @@ def test_images_that_trained_an_earlier_network_are_counted_under_any_name(run, 
     evaluate(run, copies)
     (note,) = notes(run)
     assert note.startswith("Copies: 2 of 3 images were trained on")
+
+
+def save_anew(pairs: list[Pair], to: Path, stem: Callable[[int, str], str]) -> None:
+    for number, pair in enumerate(pairs):
+        for path, part in ((pair.image, "images"), (pair.mask, "masks")):
+            (to / part).mkdir(parents=True, exist_ok=True)
+            Image.open(path).save(to / part / f"{stem(number, pair.stem)}.bmp")
+
+
+def test_images_saved_anew_are_told_by_their_names(run, folder, split, tmp_path, capsys):
+    save_anew(find_pairs(folder), tmp_path / "Anew", lambda _, stem: stem)
+    evaluate(run, tmp_path / "Anew")
+    (note,) = notes(run)
+    assert note.startswith("Anew: 9 of 10 images have the names of training images and other bytes")
+    assert note in capsys.readouterr().out
+
+
+def test_names_that_agree_by_accident_give_no_note(run, folder, split, tmp_path):
+    save_anew(split.train, tmp_path / "Few", lambda n, stem: stem if n < 4 else f"new_{n}")
+    numbered = Lineage(None, {str(number): ["", ""] for number in range(100)}, {})
+    save_anew(split.train, tmp_path / "Numbers", lambda number, _: str(number))
+    evaluate(run, tmp_path / "Few")
+    assert notes(run) == []
+    write_lineage(run, numbered)
+    evaluate(run, tmp_path / "Numbers")
+    assert notes(run) == []
 
 
 def test_a_run_without_a_record_scores_all_without_a_note(copy_run, folder):

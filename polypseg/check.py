@@ -94,18 +94,18 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
         for name, group in pairs.items():
             inspections[name] = inspect_pairs(group, advance, classes=classes)
     faults += [fault for group in inspections.values() for one in group for fault in one.faults]
-    for name, group in inspections.items():
-        faults += inverted_faults(folders[name], group)
+    for name, inspected in inspections.items():
+        faults += inverted_faults(folders[name], inspected)
     duplicates = find_duplicates(
         {name: [one.fingerprint for one in group] for name, group in inspections.items()}
     )
     check = Check(folders, roles, inspections, faults, duplicates)
     duplicates.sort(key=lambda found: not check.across(found))  # stable: what matters comes first
     faults += [_duplicate_fault(found, check) for found in duplicates]
-    for name, group in inspections.items():
+    for name, inspected in inspections.items():
         if roles[name] != "test":
             within = [one for one in duplicates if one.first[0] == one.second[0] == name]
-            faults += split_faults(folders[name], group, within)
+            faults += split_faults(folders[name], inspected, within)
     return check
 
 

@@ -183,8 +183,13 @@ class Implicit(Backward):
             solution.backward = found
         unseen = self.options.tol is None and not v.is_cpu
         if not unseen and bool(physical(found.failed).any()):
+            # No numbers, so that Python's filters show each kind of failure once and not at every
+            # update of a training.
+            kinds = sorted({status for status in found.statuses() if status < 0}, reverse=True)
+            causes = " ".join(f"{kind.name}: {kind.sentence}" for kind in kinds)
             warnings.warn(
-                f"the implicit backward pass did not converge: {found.describe()}",
+                "the implicit backward pass did not converge for some samples, which "
+                f"Solution.backward of the forward solution names. {causes}",
                 ConvergenceWarning,
                 stacklevel=2,
             )

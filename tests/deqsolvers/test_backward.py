@@ -183,11 +183,26 @@ def test_a_backward_pass_that_fails_warns_and_is_recorded() -> None:
     deq = DEQ(problem.f, Broyden(), backward=Implicit(Picard(), tol=1e-6, max_steps=3), **EXACT)
     z, solution = deq(x)
     assert solution.backward is None
-    with pytest.warns(ConvergenceWarning, match=r"backward pass did not converge: 4 of 4 DIVERGED"):
+    with pytest.warns(
+        ConvergenceWarning, match=r"did not converge.* DIVERGED: The residual"
+    ):
         z.sum().backward()
     assert solution.backward is not None
     assert solution.backward.statuses() == [Status.DIVERGED] * 4
     assert solution.backward.calls == 4
+
+
+def test_passes_that_fail_alike_warn_once() -> None:
+    """A training whose backward passes miss their tolerance is told so, and not at every update."""
+    problem = non_normal()
+    backward = Implicit(Picard(), tol=1e-6, max_steps=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for scale in (1.0, 0.5, 2.0):
+            x = (scale * problem.inputs[0]).detach().requires_grad_()
+            z, _ = DEQ(problem.f, Broyden(), backward=backward, **EXACT)(x)
+            z.sum().backward()
+    assert [one.category for one in caught] == [ConvergenceWarning]
 
 
 def test_a_backward_pass_that_succeeds_is_recorded_without_a_warning() -> None:

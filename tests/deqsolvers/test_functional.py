@@ -322,7 +322,7 @@ def test_shine_says_that_it_cannot() -> None:
 @pytest.mark.parametrize("transform", [grad, lambda loss: lambda x: jvp(loss, (x,), (x,))])
 def test_a_failed_solve_is_visible(transform: Callable[..., Any]) -> None:
     deq = layer().with_solver(Anderson(), backward=Implicit(tol=1e-12, max_steps=2))
-    with pytest.warns(ConvergenceWarning, match="3 of 3 STEP_LIMIT"):
+    with pytest.warns(ConvergenceWarning, match="STEP_LIMIT: "):
         transform(lambda x: deq(x)[0].sum())(X)
 
 

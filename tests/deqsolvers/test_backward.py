@@ -183,9 +183,7 @@ def test_a_backward_pass_that_fails_warns_and_is_recorded() -> None:
     deq = DEQ(problem.f, Broyden(), backward=Implicit(Picard(), tol=1e-6, max_steps=3), **EXACT)
     z, solution = deq(x)
     assert solution.backward is None
-    with pytest.warns(
-        ConvergenceWarning, match=r"did not converge.* DIVERGED: The residual"
-    ):
+    with pytest.warns(ConvergenceWarning, match=r"did not converge.* DIVERGED: The residual"):
         z.sum().backward()
     assert solution.backward is not None
     assert solution.backward.statuses() == [Status.DIVERGED] * 4

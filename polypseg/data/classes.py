@@ -43,11 +43,13 @@ def class_numbers(picture: Image.Image, path: Path) -> np.ndarray:
         [np.square(rgb - np.array(colour)).sum(axis=2) for colour in CLASS_COLOURS]
     )
     nearest = distances.min(axis=0)
-    strange = nearest > _FAR**2
-    if strange.mean() <= _FAR_FRACTION:
-        strange = even_regions(rgb, nearest > _NEAR**2)
-    if strange.any():
-        raise DataError([_colour_fault(path, rgb, strange)])
+    foreign = nearest > _NEAR**2
+    if foreign.any():
+        strange = nearest > _FAR**2
+        if strange.mean() <= _FAR_FRACTION:
+            strange = even_regions(rgb, foreign)
+        if strange.any():
+            raise DataError([_colour_fault(path, rgb, strange)])
     return distances.argmin(axis=0).astype(np.uint8)
 
 

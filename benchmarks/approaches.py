@@ -26,7 +26,7 @@ class Approach:
     """A solver and where it starts; ``start`` None is the solver's own initializer."""
 
     solver: Solver
-    start: Callable[[], Tensor] | None
+    start: Callable[[], Tensor | None] | None
 
     def run(self, problem: Problem, evaluations: int, **options: Any) -> Tensor:
         """The state after exactly so many evaluations of f."""
@@ -76,17 +76,21 @@ def measure(
 
     Args:
         hypers: fitted HyperSolvers, or solvers that begin with one, by name; Anderson also starts
-            from the first one's guess.
+            from the first one's guess, if it has an initializer. Else all start from zero.
     """
     first = next(iter(hypers.values()))
 
     @torch.no_grad()
-    def guess() -> Tensor:
+    def guess() -> Tensor | None:
         return first.start(problem.x)
 
     chosen = classic(problem)
-    chosen["Anderson with our initializer"] = Approach(Anderson(), guess)
-    chosen.update({name: Approach(hyper, None) for name, hyper in hypers.items()})
+    begin = None
+    if guess() is None:
+        begin = chosen[ANDERSON].start
+    else:
+        chosen["Anderson with our initializer"] = Approach(Anderson(), guess)
+    chosen.update({name: Approach(hyper, begin) for name, hyper in hypers.items()})
     distances = {
         name: each.distances(problem, _LONGEST if name in classic(problem) else EVALUATIONS[-1])
         for name, each in chosen.items()

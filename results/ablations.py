@@ -29,6 +29,7 @@ SCHEDULE = (
     "implicit.epochs=1",
     "implicit.precision=bf16",
     "implicit.tol=0.01",
+    "hyper.initializer=deep",  # the default when the first row was trained
 )
 BASE = "polypdeq-add: phantom, Jacobian 1, HyperSolver m = 5, K = 3"
 # What is changed, the first phase that it changes, the settings.

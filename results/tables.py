@@ -44,8 +44,8 @@ def main() -> None:
     if classes:
         parts += ["## NeoPolyp-Small, protocol `default`\n", _targets(classes)]
     parts += ["## Solves\n", _solves(rows), CLINIC, "## Trainings\n", _trainings(runs)]
-    if (HERE / "ablations.csv").exists():
-        parts += ["## Ablations, validation images\n", _ablations()]
+    for name, when in (("ablations", ""), ("ablations-before", ", before the masks were aligned")):
+        parts += [f"## Ablations, validation images{when}\n", _ablations(f"{name}.csv")]
     parts += [f"## Evaluations at inference, validation images, `{CURVES}`\n", _curves()]
     (HERE / "tables.md").write_text("\n".join(parts))
 
@@ -133,8 +133,8 @@ def _trainings(runs: Sequence[Path]) -> str:
     return _markdown([*header, *more], table)
 
 
-def _ablations() -> str:
-    with (HERE / "ablations.csv").open(newline="") as file:
+def _ablations(file_name: str) -> str:
+    with (HERE / file_name).open(newline="") as file:
         header, *rows = csv.reader(file)
     return _markdown(header, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def make_config(
         ConfigError: names every unknown key, wrong type and value out of range at once.
     """
     text = resources.files("polypseg").joinpath("defaults.yaml").read_text()
-    settings, defaults = yaml.safe_load(text), yaml.safe_load(text)
+    defaults = yaml.safe_load(text)
+    settings = copy.deepcopy(defaults)
     faults: list[str] = []
     _merge(settings, changes, "", faults)
     for override in overrides:

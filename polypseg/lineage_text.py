@@ -13,13 +13,17 @@ def described(lineage: Lineage, seed: int) -> list[str]:
         lineage: of the run.
         seed: of the run, which parts all images but those with a committed list.
     """
-    both = len(lineage.training.keys() & lineage.validation.keys())
-    too = f", {both} of which trained too" if both else ""
     return [
-        f"{len(lineage.training)} training and {len(lineage.validation)} validation images{too}; "
-        f"parted {_rule(lineage, seed)}.",
+        f"{len(lineage.training)} training and {len(lineage.validation)} validation images"
+        f"{trained_too(lineage)}; parted {_rule(lineage, seed)}.",
         f"Started from {_start(lineage.start)}.",
     ]
+
+
+def trained_too(lineage: Lineage) -> str:
+    """Follows the number of validation images: how many of them trained, if any did."""
+    both = len(lineage.training.keys() & lineage.validation.keys())
+    return f", {both} of which trained too" if both else ""
 
 
 def _rule(lineage: Lineage, seed: int) -> str:

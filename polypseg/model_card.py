@@ -9,6 +9,7 @@ from polypseg.config import Config, ModelConfig
 from polypseg.data.classes import CLASS_NAMES
 from polypseg.data.splits import TRAIN_DIGEST, stems_digest
 from polypseg.lineage import Lineage, Origin
+from polypseg.lineage_text import trained_too
 from polypseg.scores import SummaryRow, per_cent
 
 _NVIDIA = (
@@ -111,11 +112,9 @@ def _network(model: ModelConfig) -> str:
 def _counts(lineage: Lineage | None) -> list[str]:
     if lineage is None:
         return []
-    both = len(lineage.training.keys() & lineage.validation.keys())
-    too = f", {both} of which trained too" if both else ""
     return [
         f"Images: {len(lineage.training)} for training and {len(lineage.validation)} for "
-        f"validation{too}; `data.json` has their digests."
+        f"validation{trained_too(lineage)}; `data.json` has their digests."
     ]
 
 

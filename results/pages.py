@@ -58,13 +58,17 @@ SOLVERS = {
 }
 
 
+def _scores(run: str) -> dict[tuple[str, str], SummaryRow]:
+    """What an evaluation found by protocol default, by data set and solver."""
+    rows = read_rows(RESULTS / run / "evaluation" / "summary.csv", SummaryRow)
+    return {(row.data, row.solver): row for row in rows if row.protocol == "default"}
+
+
 def readme() -> str:
     """Accuracy and time of the run, beside the paper."""
     run = RESULTS / RUN
-    rows = read_rows(run / "evaluation" / "summary.csv", SummaryRow)
-    before = read_rows(RESULTS / EXPLICIT / "evaluation" / "summary.csv", SummaryRow)
-    rows += [row for row in before if row.solver == "explicit"]
-    found = {(row.data, row.solver): row for row in rows if row.protocol == "default"}
+    before = _scores(EXPLICIT)
+    found = {key: row for key, row in before.items() if key[1] == "explicit"} | _scores(RUN)
     lines = [
         "| | Kvasir Dice | ClinicDB Dice | seconds an image (Kvasir) | evaluations of f "
         "| residual, median (worst) |",
@@ -191,14 +195,7 @@ def released() -> str:
         "|---|---|---|---|---|",
     ]
     for network in ("polypdeq-add", "polypdeq-res"):
-        guess, zero = (
-            {
-                (row.data, row.solver): row
-                for row in read_rows(RESULTS / run / "evaluation" / "summary.csv", SummaryRow)
-                if row.protocol == "default"
-            }
-            for run in (f"{network}-256-all", f"{network}-256-all-zero")
-        )
+        guess, zero = _scores(f"{network}-256-all"), _scores(f"{network}-256-all-zero")
         for data in SETS[:2]:
             cells = [f"{100 * zero[data, 'anderson'].mDice:.2f}"]
             cells += [

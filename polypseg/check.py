@@ -7,19 +7,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
+from polypseg.check_text import PROGRAM, as_json, as_text
 from polypseg.checkpoint import write_atomic
 from polypseg.data import Fault, scan_pairs
 from polypseg.data.audit import Inspection, inspect_pairs
 from polypseg.data.duplicates import Duplicate, find_duplicates
+from polypseg.data.groups import compile_group
 from polypseg.data.splits import scan_test_folders
 from polypseg.data.whole import inverted_faults, split_faults
 
-PROGRAM = "polypseg-check"
 TRAIN = "TrainDataset"
 TEST = "TestDataset"
 STDOUT = Path("-")
@@ -55,13 +55,16 @@ class Check:
         return _roles(found, self.roles) == {"training", "test"}
 
 
-def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = False) -> Check:
+def check_folders(
+    roots: Sequence[Path], *, classes: int = 1, group: str = "", progress: bool = False
+) -> Check:
     """Decode every file of data folders and collect all that is wrong; changes nothing.
 
     Args:
         roots: each a root with `TrainDataset/` and `TestDataset/<NAME>/`, or one folder with
             `images` and `masks`.
         classes: of the masks: 1, or 3 for NeoPolyp's colours.
+        group: by which images will be split, as of `split_for`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -69,7 +72,12 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
         occur with the same pixels both in a training and in a test folder. Warnings are empty and
         full masks, masks that look inverted, other duplicates, near-duplicates, and a random
         split that parts these. A folder whose name another root has used goes by its path.
+
+    Raises:
+        ValueError: as `compile_group`.
     """
+    if group:
+        compile_group(group)
     faults: list[Fault] = []
     folders: dict[str, Path] = {}
     for root in roots:
@@ -91,9 +99,9 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
         def advance(*_: int) -> None:
             bar.update()
 
-        for name, group in pairs.items():
-            inspections[name] = inspect_pairs(group, advance, classes=classes)
-    faults += [fault for group in inspections.values() for one in group for fault in one.faults]
+        for name, found_pairs in pairs.items():
+            inspections[name] = inspect_pairs(found_pairs, advance, classes=classes)
+    faults += [fault for found in inspections.values() for one in found for fault in one.faults]
     for name, inspected in inspections.items():
         faults += inverted_faults(folders[name], inspected)
     duplicates = find_duplicates(
@@ -105,7 +113,7 @@ def check_folders(roots: Sequence[Path], *, classes: int = 1, progress: bool = F
     for name, inspected in inspections.items():
         if roles[name] != "test":
             within = [one for one in duplicates if one.first[0] == one.second[0] == name]
-            faults += split_faults(folders[name], inspected, within)
+            faults += split_faults(folders[name], inspected, within, group)
     return check
 
 
@@ -151,103 +159,6 @@ def _duplicate_fault(found: Duplicate, check: Check) -> Fault:
     return Fault(first.image, problem, remedy, "error" if error else "warning")
 
 
-def as_json(check: Check) -> dict[str, Any]:
-    """The result as plain values: groups with their sizes and masks, faults, duplicates."""
-    return {
-        "program": PROGRAM,
-        "sound": check.errors == 0,
-        "errors": check.errors,
-        "warnings": len(check.faults) - check.errors,
-        "groups": {
-            name: {
-                "folder": str(folder),
-                "role": check.roles[name],
-                **_statistics(check.inspections[name]),
-            }
-            for name, folder in check.folders.items()
-        },
-        "faults": [
-            {
-                "path": str(fault.path),
-                "severity": fault.severity,
-                "problem": fault.problem,
-                "remedy": fault.remedy,
-            }
-            for fault in check.faults
-        ],
-        "duplicates": [
-            {
-                "kind": found.kind,
-                "distance": found.distance,
-                "across_train_and_test": check.across(found),
-                "files": [
-                    str(check.inspections[group][index].pair.image)
-                    for group, index in (found.first, found.second)
-                ],
-            }
-            for found in check.duplicates
-        ],
-    }
-
-
-def _statistics(group: Sequence[Inspection]) -> dict[str, Any]:
-    sizes = np.array([one.size for one in group if one.size is not None]).reshape(-1, 2)
-    shares = np.array([one.polyp_share for one in group if one.polyp_share is not None])
-    return {
-        "pairs": len(group),
-        "readable_images": len(sizes),
-        "smallest_width_height": sizes.min(axis=0)[::-1].tolist() if len(sizes) else None,
-        "largest_width_height": sizes.max(axis=0)[::-1].tolist() if len(sizes) else None,
-        "polyp_share_median": float(np.median(shares)) if len(shares) else None,
-        "empty_masks": int((shares == 0).sum()),
-        "full_masks": int((shares == 1).sum()),
-    }
-
-
-def as_text(check: Check) -> str:
-    """The result for a person: every fault on a line, errors first, then what was looked at."""
-    lines = [
-        f"{severity}: {fault}"
-        for severity in ("error", "warning")
-        for fault in check.faults
-        if fault.severity == severity
-    ]
-    for name, group in check.inspections.items():
-        known = _statistics(group)
-        text = f"{name}: {known['pairs']} pairs"
-        if known["readable_images"]:
-            low, high = known["smallest_width_height"], known["largest_width_height"]
-            text += f", {low[0]} x {low[1]} to {high[0]} x {high[1]} pixels"
-        if known["polyp_share_median"] is not None:
-            text += f", polyp on {known['polyp_share_median']:.1%} of an image (median)"
-        lines.append(text)
-    if check.duplicates:
-        lines.append(_twins(check))
-    warnings = len(check.faults) - check.errors
-    lines.append(f"{check.errors} errors, {warnings} warnings")
-    return "\n".join(lines)
-
-
-def _twins(check: Check) -> str:
-    text = f"{len(check.duplicates)} pairs of images are the same or nearly so"
-    tested = {
-        place for found in check.duplicates if check.across(found)
-        for place in (found.first, found.second) if check.roles[place[0]] == "test"
-    }  # fmt: skip
-    if {"training", "test"} <= set(check.roles.values()):
-        text += (
-            f"; {len(tested)} test images have a twin among the training images (nearly the same "
-            "picture: of others another frame of the same video may still train)"
-        )
-    unknown = [name for name, role in check.roles.items() if role == "unknown"]
-    if unknown and len(check.roles) > 1:
-        text += (
-            f"; it is unknown whether {', '.join(unknown)} are for training or for test: only "
-            f"{TRAIN} and the folders of {TEST} say so by their names"
-        )
-    return text
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -273,15 +184,34 @@ def _parser() -> argparse.ArgumentParser:
         help="of the masks: 1, black and white, or 3, NeoPolyp's black, red and green; default: 1",
     )
     parser.add_argument(
+        "--group",
+        type=_group,
+        metavar="PATTERN",
+        help="as data.group of polypseg-train: a regular expression whose one group in parentheses "
+        r"finds the patient or video in a stem, such as '^(patient\d+)_'",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the result as JSON too; - prints only that"
     )
     return parser
 
 
+def _group(text: str) -> str:
+    try:
+        compile_group(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a regular expression with one group in parentheses, got {error}: {text!r}"
+        ) from None
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `polypseg-check`; errors of the program are raised (see `polypseg.cli`)."""
     options = _parser().parse_args(argv)
-    check = check_folders(options.data, classes=options.classes, progress=True)
+    check = check_folders(
+        options.data, classes=options.classes, group=options.group or "", progress=True
+    )
     document = json.dumps(as_json(check), indent=2)
     if options.json == STDOUT:
         print(document)

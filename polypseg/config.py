@@ -31,6 +31,7 @@ class DataConfig:
     size: int
     scales: tuple[float, ...]
     train_on: str
+    group: str
     workers: int
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deqsolvers.backward import BACKWARDS
 from deqsolvers.hypersolver.losses import UNROLLS
+from polypseg.data.groups import compile_group
 
 if TYPE_CHECKING:
     from polypseg.config import Config
@@ -44,6 +45,12 @@ def out_of_range(config: Config) -> list[str]:
     one_of("hyper.initializer", config.hyper.initializer, INITIALIZERS)
     one_of("hyper.mode", config.hyper.mode, UNROLLS)
     one_of("implicit.backward", config.implicit.backward, BACKWARDS)
+    if config.data.group:
+        try:
+            compile_group(config.data.group)
+        except ValueError as error:
+            wanted = "a regular expression with one group in parentheses"
+            faults.append(f"data.group must be {wanted}, got {error}: {config.data.group!r}")
     size = config.data.size
     check(size > 0 and size % 32 == 0, "data.size", size, "a positive multiple of 32")
     scales = config.data.scales

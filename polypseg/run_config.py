@@ -19,6 +19,7 @@ from polypseg.config import (
 # them. Defaults may change; these must not.
 _AS_BEFORE: dict[str, Any] = {
     "data.train_on": "split",
+    "data.group": "",
     "explicit.accumulate": 1,
     "implicit.accumulate": 1,
     "implicit.correction": 0.0,

@@ -150,7 +150,7 @@ def _open_run(
 
 def _split(data: Path, config: Config) -> Split:
     """The pairs of a data folder, parted as the configuration says."""
-    split = split_for(data, config.seed)
+    split = split_for(data, config.seed, config.data.group)
     return split.with_validation_in_training() if config.data.train_on == "all" else split
 
 
@@ -264,7 +264,7 @@ def _training_faults(data: Path, config: Config) -> list[Fault]:
         remedy = "make sure these images show no polyp"
         faults.insert(0, Fault(folder, problem, remedy, "warning"))
     try:
-        split_for(data, config.seed)
+        _split(data, config)
     except DataError as error:
         faults = [*error.faults, *faults]
     return faults

@@ -6,12 +6,13 @@ import hashlib
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
 from polypseg.data.faults import DataError, Fault
 from polypseg.data.folders import Pair, find_pairs, natural_key, pair_folders
+from polypseg.data.groups import take_that_fit
+from polypseg.data.random_splits import Split, group_split, random_split, shuffled
 
 CLINIC_PREFIX = "clinic_"
 # Last frame of each of CVC-ClinicDB's 29 video sequences; frames are numbered from 1 through all of
@@ -33,44 +34,36 @@ CLINIC_HELD_OUT = 55
 RANDOM_FRACTION = 0.1
 
 
-@dataclass(frozen=True)
-class Split:
-    """Training and validation pairs, in words how they were parted, and pairs kept for testing.
-
-    `test` is empty where the test images lie in folders of their own (`test_folders`).
-    """
-
-    train: list[Pair]
-    val: list[Pair]
-    rule: str
-    test: list[Pair] = field(default_factory=list)
-
-    def with_validation_in_training(self) -> Split:
-        """The same, but the validation pairs train too: for a last training, with all data."""
-        train = sorted([*self.train, *self.val], key=lambda pair: natural_key(pair.stem))
-        return replace(self, train=train, rule=f"{self.rule}, which trains too")
-
-
-def split_for(root: Path, seed: int = 0) -> Split:
+def split_for(root: Path, seed: int = 0, group: str = "") -> Split:
     """Find the training pairs of a data folder and part them.
 
     Args:
         root: holds `TrainDataset/images` and `TrainDataset/masks`, or `images` and `masks`
             directly.
-        seed: of the random split; the published one does not depend on it.
+        seed: of a random split; the published one does not depend on it.
+        group: a pattern as of `find_groups`; with one, whole groups are held out at random.
 
     Returns:
         The published split where the stems are exactly the field's 1450, the committed one of
-        NeoPolyp-Small where they are its 1000, otherwise a random one that holds out 10 %.
+        NeoPolyp-Small where they are its 1000, otherwise, or with ``group``, a random one that
+        holds out 10 %.
 
     Raises:
-        DataError: as `find_pairs`, or there is a single pair.
+        DataError: as `find_pairs` and `group_split`, or there is a single pair.
+        ValueError: as `compile_group`.
     """
     folder = training_folder(root)
     pairs = find_pairs(folder)
     if len(pairs) < 2:
         remedy = "add images with masks: one at least trains, and another validates"
         raise DataError([Fault(folder, f"holds a single pair, {pairs[0].stem}", remedy)])
+    return part_pairs(folder, pairs, seed, group)
+
+
+def part_pairs(folder: Path, pairs: Sequence[Pair], seed: int, group: str) -> Split:
+    """`split_for` for the pairs of a folder, at least two, that were found already."""
+    if group:
+        return group_split(folder, pairs, group, RANDOM_FRACTION, seed)
     return committed_split(pairs) or random_split(pairs, RANDOM_FRACTION, seed)
 
 
@@ -107,30 +100,6 @@ def published_split(train_pairs: Sequence[Pair]) -> Split:
         [pair for pair in train_pairs if pair.stem not in held_out],
         [pair for pair in train_pairs if pair.stem in held_out],
         f"published: {VALIDATION_LIST}",
-    )
-
-
-def random_split(pairs: Sequence[Pair], fraction: float, seed: int) -> Split:
-    """Hold out a random fraction of the pairs, at least one, and keep the given order.
-
-    Args:
-        pairs: at least two.
-        fraction: of the pairs that validate, between 0 and 1 (exclusive).
-        seed: decides which; the choice depends on the stems and the seed alone.
-
-    Raises:
-        ValueError: there are fewer than two pairs, or the fraction is out of range.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
-    if len(pairs) < 2:
-        raise ValueError(f"pairs holds {len(pairs)}; a split needs at least 2")
-    count = min(max(1, round(fraction * len(pairs))), len(pairs) - 1)
-    held_out = set(shuffled([pair.stem for pair in pairs], seed)[:count])
-    return Split(
-        [pair for pair in pairs if pair.stem not in held_out],
-        [pair for pair in pairs if pair.stem in held_out],
-        f"random: {count} of {len(pairs)} held out, seed {seed}",
     )
 
 
@@ -240,11 +209,9 @@ def make_validation_list(stems: Sequence[str], seed: int = VALIDATION_SEED) -> l
         else:
             kvasir.append(stem)
     chosen = shuffled(kvasir, seed)[:KVASIR_HELD_OUT]
-    frames: list[str] = []
-    for sequence in shuffled([str(number) for number in clinic], seed):
-        candidates = clinic[int(sequence)]
-        if len(frames) + len(candidates) <= CLINIC_HELD_OUT:
-            frames.extend(candidates)
+    sizes = {str(sequence): len(frames) for sequence, frames in clinic.items()}
+    sequences = take_that_fit(shuffled(list(sizes), seed), sizes, CLINIC_HELD_OUT)
+    frames = [stem for sequence in sequences for stem in clinic[int(sequence)]]
     return sorted(chosen + frames, key=natural_key)
 
 
@@ -257,13 +224,6 @@ def clinic_sequence(stem: str) -> int:
             f"CVC-ClinicDB has frames 1 to {CLINIC_SEQUENCE_ENDS[-1]}"
         )
     return bisect_left(CLINIC_SEQUENCE_ENDS, frame)
-
-
-def shuffled(names: Sequence[str], seed: int) -> list[str]:
-    """The names in an order that they and the seed alone decide."""
-    # By hash and not by a random generator: the order is the same for ever, whatever the version of
-    # Python or NumPy, and whatever order the file system lists the names in.
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
 def stems_digest(stems: Sequence[str]) -> str:

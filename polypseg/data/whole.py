@@ -10,8 +10,8 @@ import numpy as np
 
 from polypseg.data.audit import Inspection
 from polypseg.data.duplicates import Duplicate
-from polypseg.data.faults import Fault
-from polypseg.data.splits import RANDOM_FRACTION, committed_split, random_split
+from polypseg.data.faults import DataError, Fault
+from polypseg.data.splits import committed_split, part_pairs
 
 LARGEST_MEDIAN_SHARE = 0.5  # of polyp; the field's sets have 4 to 15 %
 SPLIT_SEED = 0  # the default of polypseg-train
@@ -29,19 +29,27 @@ def inverted_faults(folder: Path, group: Sequence[Inspection]) -> list[Fault]:
 
 
 def split_faults(
-    folder: Path, group: Sequence[Inspection], duplicates: Sequence[Duplicate]
+    folder: Path,
+    inspected: Sequence[Inspection],
+    duplicates: Sequence[Duplicate],
+    group: str = "",
 ) -> list[Fault]:
-    """The warning of a folder that a random split parts between images that look alike.
+    """What is wrong with how a folder will be split: between images that look alike, or not at all.
 
     Args:
         folder: of which some images train and others validate.
-        group: its pairs.
-        duplicates: within the group.
+        inspected: its pairs.
+        duplicates: within these.
+        group: as of `split_for`.
     """
-    pairs = [one.pair for one in group]
-    if len(pairs) < 2 or committed_split(pairs) is not None:
+    pairs = [one.pair for one in inspected]
+    if len(pairs) < 2 or (not group and committed_split(pairs) is not None):
         return []
-    held_out = {pair.stem for pair in random_split(pairs, RANDOM_FRACTION, SPLIT_SEED).val}
+    try:
+        split = part_pairs(folder, pairs, SPLIT_SEED, group)
+    except DataError as error:
+        return error.faults
+    held_out = {pair.stem for pair in split.val}
     twins: dict[str, list[str]] = defaultdict(list)
     for found in duplicates:
         two = [pairs[index] for _, index in (found.first, found.second)]
@@ -52,8 +60,13 @@ def split_faults(
         return []
     listed = "; ".join(f"{one} of {', '.join(others)}" for one, others in twins.items())
     problem = (
-        f"trained on, it is split at random: with seed {SPLIT_SEED}, {len(twins)} of "
-        f"{len(held_out)} validation images have a near-twin in training ({listed})"
+        f"trained on, it is split at random{' by group' if group else ''}: with seed "
+        f"{SPLIT_SEED}, {len(twins)} of {len(held_out)} validation images have a near-twin in "
+        f"training ({listed})"
     )
-    remedy = "keep one image of each view, and judge by a test folder of other videos"
+    remedy = (
+        "keep one image of each view, and judge by a test folder of other videos"
+        if group
+        else "keep patients or videos together (data.group, --group), or one image of each view"
+    )
     return [Fault(folder, problem, remedy, "warning")]

@@ -78,6 +78,7 @@ def evaluate_models(
                             **asdict(scored.confusion),
                             dice=scored.dice,
                             iou=scored.iou,
+                            mae=scored.mae,
                             hd95=scored.hd95,
                             steps=result.steps,
                             evaluations=result.evaluations,

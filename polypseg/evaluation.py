@@ -53,6 +53,8 @@ def write_evaluation(evaluation: Evaluation) -> None:
         "protocols": {name: PROTOCOLS[name] for name in evaluation.protocols},
         "intervals": "95 %, bootstrap over images (not over videos or patients); none below "
         f"{FEWEST} images",
+        "precision_recall": "means over images; 0 where truth or prediction is empty, 1 where both "
+        "are",
         "hd95": "95 % Hausdorff distance of the borders, pixels; the image's diagonal where only "
         "one of truth and prediction is empty",
         "seconds": "of the network on one image, after a warm-up, the solvers taking turns",

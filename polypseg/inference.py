@@ -19,6 +19,7 @@ from polypseg.models import (
     build_solver,
 )
 from polypseg.run_config import load_run_config
+from polypseg.runs import is_release
 
 SOLVERS = ("explicit", "picard", "anderson", "broyden", "hyper")
 
@@ -110,15 +111,10 @@ def _weights(run: Path, phase: str, solver: str) -> Path:
     path = run / f"{phase}.safetensors"
     if not path.is_file():
         remedy = f"train it: polypseg-train {run}"
-        if phase == "explicit" and _is_release(run):
+        if phase == "explicit" and is_release(run):
             remedy = "a released model holds none; choose another solver"
         raise CheckpointError(
             f"{path}: missing, but solver '{solver}' needs the weights of the {phase} phase; "
             f"{remedy}"
         )
     return path
-
-
-def _is_release(run: Path) -> bool:
-    """Whether a folder holds trained weights and no trace of the training, which a run has."""
-    return (run / "implicit.safetensors").is_file() and not (run / "results.csv").exists()

@@ -1,4 +1,4 @@
-"""Dice and IoU per image, and their means over images."""
+"""Scores of an image from its pixel counts, and their means over images."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ THRESHOLD = 0.5  # of a probability, above which a pixel counts as polyp
 class Confusion:
     """Pixel counts of one image: true positives, false positives, false negatives, true negatives.
 
-    Where neither the truth nor the prediction holds a polyp pixel, `dice` and `iou` are 1: saying
-    "no polyp" was right. Where only the prediction holds some, both are 0, as the formulas say.
+    Where neither the truth nor the prediction holds a polyp pixel, every score is 1: saying "no
+    polyp" was right. Where only one of the two holds some, every score is 0, also those whose
+    formula is 0 / 0 then: precision of an empty prediction, recall of an empty truth.
     """
 
     tp: int
@@ -60,6 +61,16 @@ class Confusion:
     def iou(self) -> float:
         """TP / (TP + FP + FN)."""
         return _ratio(self.tp, self.tp + self.fp + self.fn)
+
+    @property
+    def precision(self) -> float:
+        """TP / (TP + FP)."""
+        return _ratio(self.tp, self.tp + self.fp if self.tp + self.fp else self.fn)
+
+    @property
+    def recall(self) -> float:
+        """TP / (TP + FN), also called sensitivity."""
+        return _ratio(self.tp, self.tp + self.fn if self.tp + self.fn else self.fp)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from polypseg.boundary import hausdorff95
 from polypseg.data import resize_mask
 from polypseg.metrics import Confusion, score_masks
-from polypseg.result import Result, labels
+from polypseg.result import Result, labels, polyp_probability
 
 POLYP = "polyp"  # all classes of polyps as one
 LEVELS = 256
@@ -35,6 +35,8 @@ class Scored:
     Attributes:
         confusion: pixel counts; under "pranet" those at the level in the middle.
         dice, iou: 0 to 1; under "pranet" means over the levels.
+        mae: mean over pixels of the absolute difference of probability and truth, 0 to 1; under
+            "pranet" of the stretched map.
         hd95: 95 % Hausdorff distance of the borders (see `hausdorff95`) of the mask that is
             counted, in its pixels.
     """
@@ -42,6 +44,7 @@ class Scored:
     confusion: Confusion
     dice: float
     iou: float
+    mae: float
     hd95: float
 
 
@@ -66,13 +69,13 @@ def score_result(
     check_protocols([protocol], len(classes) + 1)
     if protocol == "pranet":
         return {POLYP: _pranet(result.probability, truth > 0)}
-    predicted = result.labels
+    probabilities, predicted = result.probabilities, result.labels
     if protocol == "paper":
-        predicted = labels(result.native)
+        probabilities, predicted = result.native, labels(result.native)
         truth = resize_mask(truth, predicted.shape[1])  # networks here see squares
-    scored = {POLYP: _masks(predicted > 0, truth > 0)}
+    scored = {POLYP: _masks(polyp_probability(probabilities), predicted > 0, truth > 0)}
     for number, name in enumerate(classes, start=1):
-        scored[name] = _masks(predicted == number, truth == number)
+        scored[name] = _masks(probabilities[number], predicted == number, truth == number)
     return scored
 
 
@@ -85,9 +88,14 @@ def check_protocols(protocols: list[str], classes: int) -> None:
             raise ValueError("the pranet protocol knows one class, polyp; use default or paper")
 
 
-def _masks(prediction: np.ndarray, truth: np.ndarray) -> Scored:
+def _masks(probability: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> Scored:
     found = score_masks(prediction, truth)
-    return Scored(found.confusion, found.dice, found.iou, hausdorff95(prediction, truth))
+    mae, hd95 = _mean_error(probability, truth), hausdorff95(prediction, truth)
+    return Scored(found.confusion, found.dice, found.iou, mae, hd95)
+
+
+def _mean_error(probability: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.abs(probability - truth).mean(dtype=np.float64))
 
 
 def _pranet(probability: np.ndarray, truth: np.ndarray) -> Scored:
@@ -104,5 +112,6 @@ def _pranet(probability: np.ndarray, truth: np.ndarray) -> Scored:
         # The lowest level marks every pixel, so no denominator of it is 0; others may be.
         float((2 * tp / np.maximum(tp + fp + polyp, 1)).mean()),
         float((tp / np.maximum(fp + polyp, 1)).mean()),
+        _mean_error(stretched, truth),
         hausdorff95(middle, truth),
     )

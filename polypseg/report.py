@@ -20,7 +20,7 @@ from polypseg.plots import accuracy_against_time, residual_plot
 from polypseg.protocols import POLYP
 from polypseg.result import DISCLAIMER
 from polypseg.run_config import load_run_config
-from polypseg.runs import read_epochs
+from polypseg.runs import is_release, read_epochs
 from polypseg.scores import TABLE_HEADER, ImageRow, SummaryRow, by_kind, read_rows, table_cells
 
 EVALUATION = "evaluation"
@@ -197,6 +197,8 @@ def _data(run: Path) -> str:
 
 
 def _training(run: Path) -> str:
+    if is_release(run):
+        return "<p>The folder holds weights and no log of their training.</p>"
     parts = []
     if (run / "results.csv").is_file():
         rows = read_epochs(run / "results.csv")
@@ -206,8 +208,6 @@ def _training(run: Path) -> str:
             parts.append(_table(rows[0], (map(_short, row.values()) for row in last.values())))
     if (run / "curves.png").is_file():
         parts.append(_plot((run / "curves.png").read_bytes(), "training curves"))
-    if not parts and any(run.glob("*.safetensors")):  # a released model
-        return "<p>The folder holds weights and no log of their training.</p>"
     return "".join(parts) or "<p>No epoch has been finished yet.</p>"
 
 

@@ -43,9 +43,7 @@ class Result:
     @property
     def probability(self) -> np.ndarray:
         """(H, W) float32: how likely each pixel is polyp, of whatever class."""
-        if len(self.probabilities) == 1:
-            return self.probabilities[0]
-        return 1 - self.probabilities[0]
+        return polyp_probability(self.probabilities)
 
     @property
     def labels(self) -> np.ndarray:
@@ -78,6 +76,11 @@ class Frame:
 
     result: Result
     state: Any
+
+
+def polyp_probability(probabilities: np.ndarray) -> np.ndarray:
+    """How likely each pixel is polyp, of whatever class: (H, W) of probabilities (K, H, W)."""
+    return probabilities[0] if len(probabilities) == 1 else 1 - probabilities[0]
 
 
 def labels(probabilities: np.ndarray) -> np.ndarray:

@@ -144,6 +144,11 @@ def read_epochs(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def is_release(folder: Path) -> bool:
+    """Whether a folder holds trained weights and no trace of the training, which a run has."""
+    return (folder / "implicit.safetensors").is_file() and not (folder / "results.csv").exists()
+
+
 def lock_folder(folder: Path) -> IO[str]:
     """Keep other trainings out of a run directory until the returned file is closed.
 

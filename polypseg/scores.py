@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 
+from polypseg.metrics import Confusion
 from polypseg.statistics import mean_interval
 from polypseg.validation import CONVERGED
 
@@ -32,6 +33,7 @@ class ImageRow:
     tn: int
     dice: float
     iou: float
+    mae: float
     hd95: float
     steps: int
     evaluations: int
@@ -48,10 +50,15 @@ class SummaryRow:
         mDice, mIoU: means over images of each image's score, 0 to 1.
         mDice_low, mDice_high, mIoU_low, mIoU_high: their 95 % confidence intervals over images;
             NaN where there are fewer than 10.
+        precision, recall, mae: means over images of each image's, 0 to 1.
+        negatives: images that show nothing of the target.
+        false_positives: of these, those on which some is marked all the same.
         hd95_mean: mean of the 95 % Hausdorff distances, in pixels.
         seconds_q1, seconds_median, seconds_q3: quartiles of the seconds per image.
         converged_share: of images with a residual of at most 1e-3. The residuals, and this share,
             are NaN for explicit passes, which measure none.
+
+    What the files of older versions lack is NaN.
     """
 
     data: str
@@ -65,6 +72,11 @@ class SummaryRow:
     mIoU: float
     mIoU_low: float
     mIoU_high: float
+    precision: float
+    recall: float
+    mae: float
+    negatives: float
+    false_positives: float
     hd95_mean: float
     seconds_median: float
     seconds_q1: float
@@ -97,6 +109,8 @@ def summarise(data: str, solver: str, rows: Sequence[ImageRow]) -> SummaryRow:
     q1, median, q3 = np.percentile([row.seconds for row in rows], [25, 50, 75]).tolist()
     residuals = np.array([row.residual for row in rows])
     measured = not np.isnan(residuals).any()
+    counts = [Confusion(row.tp, row.fp, row.fn, row.tn) for row in rows]
+    negatives = [count for count in counts if count.tp + count.fn == 0]
     return SummaryRow(
         data=data,
         solver=solver,
@@ -109,6 +123,11 @@ def summarise(data: str, solver: str, rows: Sequence[ImageRow]) -> SummaryRow:
         mIoU=float(np.mean(iou)),
         mIoU_low=iou_interval[0],
         mIoU_high=iou_interval[1],
+        precision=float(np.mean([count.precision for count in counts])),
+        recall=float(np.mean([count.recall for count in counts])),
+        mae=float(np.mean([row.mae for row in rows])),
+        negatives=len(negatives),
+        false_positives=sum(count.fp > 0 for count in negatives),
         hd95_mean=float(np.mean([row.hd95 for row in rows])),
         seconds_median=median,
         seconds_q1=q1,
@@ -143,9 +162,11 @@ def json_values(value: Any) -> Any:
 
 
 TABLE_HEADER = (
-    "data", "solver", "protocol", "target", "images", "mDice [95 %]", "mIoU [95 %]", "HD95",
+    "data", "solver", "protocol", "target", "images", "mDice [95 %]", "mIoU [95 %]", "precision",
+    "recall", "MAE", "false positives", "HD95",
     "s/image [quartiles]", "steps (max)", "evaluations", "residual (worst)", "≤ 1e-3",
 )  # fmt: skip
+NONE = "–"  # where there is no figure
 NAMES = 4  # columns of names before those of numbers
 
 
@@ -160,27 +181,40 @@ def table_cells(row: SummaryRow) -> tuple[str, ...]:
         str(row.images),
         per_cent(row.mDice, row.mDice_low, row.mDice_high),
         per_cent(row.mIoU, row.mIoU_low, row.mIoU_high),
+        _known(row.precision, f"{100 * row.precision:.2f}"),
+        _known(row.recall, f"{100 * row.recall:.2f}"),
+        _known(row.mae, f"{row.mae:.4f}"),
+        f"{row.false_positives:.0f} of {row.negatives:.0f}" if row.negatives > 0 else NONE,
         f"{row.hd95_mean:.1f} px",
         f"{row.seconds_median:.3f} [{row.seconds_q1:.3f}, {row.seconds_q3:.3f}]",
         f"{row.steps_mean:.1f} ({row.steps_max})",
         f"{row.evaluations_mean:.1f}",
-        f"{row.residual_median:.1e} ({row.residual_worst:.1e})" if measured else "–",
-        f"{100 * row.converged_share:.0f} %" if measured else "–",
+        f"{row.residual_median:.1e} ({row.residual_worst:.1e})" if measured else NONE,
+        f"{100 * row.converged_share:.0f} %" if measured else NONE,
     )
+
+
+def _known(value: float, text: str) -> str:
+    return NONE if math.isnan(value) else text
 
 
 def per_cent(mean: float, low: float, high: float) -> str:
     """A mean of scores from 0 to 1 with its interval, where it has one."""
-    interval = "–" if math.isnan(low) else f"{100 * low:.1f}, {100 * high:.1f}"
+    interval = NONE if math.isnan(low) else f"{100 * low:.1f}, {100 * high:.1f}"
     return f"{100 * mean:.2f} [{interval}]"
 
 
 def text_table(rows: Sequence[SummaryRow]) -> str:
     """The summary as an aligned table for a terminal.
 
-    Protocol and target are left out where all rows have the same.
+    Protocol and target are left out where all rows have the same, false positives where every
+    image shows the target.
     """
-    return text_columns([TABLE_HEADER, *map(table_cells, rows)], NAMES, ("protocol", "target"))
+    table = [TABLE_HEADER, *map(table_cells, rows)]
+    place = TABLE_HEADER.index("false positives")
+    if all(cells[place] == NONE for cells in table[1:]):
+        table = [cells[:place] + cells[place + 1 :] for cells in table]
+    return text_columns(table, NAMES, ("protocol", "target"))
 
 
 def text_columns(
@@ -207,20 +241,25 @@ def text_columns(
 
 
 Row = TypeVar("Row", ImageRow, SummaryRow)
+# Columns that files of older versions lack.
+_LATER = ("precision", "recall", "mae", "negatives", "false_positives")
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """Read a file of `to_csv` back: `summary.csv`, or one of a folder and solver.
+
+    Scores that an older version did not measure are NaN.
 
     Raises:
         ValueError: the file has other columns or values than this version writes.
         OSError: the file cannot be read.
     """
     kinds = get_type_hints(kind)
+    unknown = {name: math.nan for name in _LATER if name in kinds}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [
-                kind(**{name: kinds[name](cell or "nan") for name, cell in line.items()})
+                kind(**unknown | {name: kinds[name](cell or "nan") for name, cell in line.items()})
                 for line in csv.DictReader(file)
             ]
     except (KeyError, TypeError, ValueError) as error:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from polypseg.data import DataError, Fault, Pair, audit_pairs, scan_pairs, test_folders
-from polypseg.data.splits import NEOPOLYP_DIGEST, neopolyp_split, stems_digest
+from polypseg.data import DataError, Fault, Pair, audit_pairs, scan_pairs
+from polypseg.data.splits import NEOPOLYP_DIGEST, neopolyp_split, scan_test_folders, stems_digest
 
 PRINTED_WARNINGS = 10
 # Said beside every figure on the test folder of that name.
@@ -38,12 +38,10 @@ def find_test_sets(data: Sequence[Path], classes: int = 1) -> dict[str, list[Pai
     faults: list[Fault] = []
     folders: dict[str, Path] = {}
     for root in data:
-        try:
-            nested = (root / "TestDataset").is_dir()
-            found = test_folders(root) if nested else {root.resolve().name: root}
-        except DataError as error:
-            faults.extend(error.faults)
-            continue
+        found = {root.resolve().name: root}
+        if (root / "TestDataset").is_dir():
+            found, unsound = scan_test_folders(root)
+            faults.extend(unsound)
         for name, folder in found.items():
             if name in folders:
                 problem = f"has the same name as {folders[name]}"

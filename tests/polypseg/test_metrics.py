@@ -27,6 +27,9 @@ def test_scores_agree_with_sets_of_pixels(data: st.DataObject) -> None:
         assert score.iou == pytest.approx(len(p & t) / len(p | t))
         assert score.dice == pytest.approx(2 * len(p & t) / (len(p) + len(t)))
         assert score.dice == pytest.approx(2 * score.iou / (1 + score.iou))
+    if p and t:
+        assert score.confusion.precision == pytest.approx(len(p & t) / len(p))
+        assert score.confusion.recall == pytest.approx(len(p & t) / len(t))
 
 
 def test_empty_policy() -> None:
@@ -36,6 +39,9 @@ def test_empty_policy() -> None:
     assert (score_masks(empty, empty).dice, score_masks(empty, empty).iou) == (1.0, 1.0)
     assert (score_masks(one, empty).dice, score_masks(one, empty).iou) == (0.0, 0.0)
     assert (score_masks(empty, one).dice, score_masks(empty, one).iou) == (0.0, 0.0)
+    for prediction, truth, expected in ((empty, empty, 1), (one, empty, 0), (empty, one, 0)):
+        confusion = score_masks(prediction, truth).confusion
+        assert (confusion.precision, confusion.recall) == (expected, expected)
 
 
 def test_torch_prediction_against_numpy_truth() -> None:

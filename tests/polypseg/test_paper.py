@@ -6,7 +6,9 @@ from polypseg.paper import CAVEAT, beside_the_paper
 from polypseg.protocols import PROTOCOLS
 from polypseg.scores import ImageRow, summarise
 
-ROW = ImageRow("a", "default", "polyp", 1, 0, 0, 1, 0.9, 0.8, 1.0, 3, 4, 1e-3, "CONVERGED", 0.1)
+ROW = ImageRow(
+    "a", "default", "polyp", 1, 0, 0, 1, 0.9, 0.8, 0.01, 1.0, 3, 4, 1e-3, "CONVERGED", 0.1
+)
 
 
 def test_own_figures_stand_above_the_papers():

@@ -39,6 +39,7 @@ def test_default_counts_at_the_size_of_the_mask(case):
     prediction = result.probability > 0.5
     assert (scored.dice, scored.iou) == pytest.approx(dice_iou(prediction, truth > 0))
     assert scored.confusion.tp == (prediction & (truth > 0)).sum()
+    assert scored.mae == pytest.approx(np.abs(result.probability.astype(float) - truth).mean())
     assert sum(vars(scored.confusion).values()) == 70 * 50
 
 
@@ -50,6 +51,7 @@ def test_paper_counts_at_the_size_of_the_network(case):
     small = soft[0, 0].numpy() >= 0.5
     assert scored.dice == pytest.approx(dice_iou(result.native[0] > 0.5, small)[0], abs=0.02)
     assert sum(vars(scored.confusion).values()) == 32 * 32
+    assert scored.mae == pytest.approx(np.abs(result.native[0] - small).mean(), abs=0.01)
 
 
 def test_pranet_is_the_mean_over_256_thresholds_of_the_stretched_map(case):
@@ -59,6 +61,8 @@ def test_pranet_is_the_mean_over_256_thresholds_of_the_stretched_map(case):
     scores = [dice_iou(levels >= t / 255 - 1e-9, truth > 0) for t in range(256)]
     (scored,) = score_result(result, truth, "pranet").values()
     assert (scored.dice, scored.iou) == pytest.approx(tuple(np.mean(scores, axis=0)))
+    stretched = (p - p.min()) / (p.max() - p.min())
+    assert scored.mae == pytest.approx(np.abs(stretched - truth).mean())
 
 
 def test_the_stretch_hides_what_the_threshold_shows():

@@ -25,7 +25,7 @@ from polypseg.scores import (
 def row(dice: float, residual: float, seconds: float, steps: int = 3) -> ImageRow:
     solve = (steps, steps + 1, residual, "CONVERGED", seconds)
     return ImageRow(
-        f"image, {dice}", "default", "polyp", 1, 2, 3, 4, dice, dice / 2, 10 * dice, *solve
+        f"image, {dice}", "default", "polyp", 1, 2, 3, 4, dice, dice / 2, 0.02, 10 * dice, *solve
     )
 
 
@@ -72,6 +72,41 @@ def test_residuals_that_were_not_measured_stay_unknown_and_infinite_ones_count()
     assert broken.converged_share == 0.5
 
 
+def test_precision_recall_and_false_positives_come_from_the_pixels():
+    # Precision and recall: 3/4 and 3/5; nothing to mark: 1 and 1, marked all the same: 0 and 0;
+    # missed altogether: 0 and 0.
+    counts = [(3, 1, 2, 9), (0, 0, 0, 15), (0, 2, 0, 13), (0, 0, 4, 11)]
+    rows = [
+        replace(ROWS[0], tp=tp, fp=fp, fn=fn, tn=tn, mae=mae)
+        for (tp, fp, fn, tn), mae in zip(counts, (0.1, 0.2, 0.3, 0.6), strict=True)
+    ]
+    summary = summarise("Kvasir", "anderson", rows)
+    assert summary.precision == pytest.approx((0.75 + 1) / 4)
+    assert summary.recall == pytest.approx((0.6 + 1) / 4)
+    assert summary.mae == pytest.approx(0.3)
+    assert (summary.negatives, summary.false_positives) == (2, 1)
+    cells = dict(zip(TABLE_HEADER, table_cells(summary), strict=True))
+    assert [cells[name] for name in ("precision", "recall", "MAE", "false positives")] == [
+        "43.75", "40.00", "0.3000", "1 of 2",
+    ]  # fmt: skip
+    # Where every image shows a polyp, the terminal needs no column for it.
+    assert "false positives" in text_table([summary])
+    assert "false positives" not in text_table([summarise("Kvasir", "anderson", ROWS)])
+
+
+def test_files_of_older_versions_are_read_without_the_scores_they_lack(tmp_path):
+    summary = summarise("Kvasir", "anderson", ROWS)
+    later = ("precision", "recall", "mae", "negatives", "false_positives")
+    path = tmp_path / "summary.csv"
+    lines = list(csv.reader(io.StringIO(to_csv([summary], SummaryRow).decode())))
+    kept = [index for index, name in enumerate(lines[0]) if name not in later]
+    path.write_text("\n".join(",".join(line[index] for index in kept) for line in lines))
+    (row,) = read_rows(path, SummaryRow)
+    np.testing.assert_equal(vars(row), vars(replace(summary, **dict.fromkeys(later, math.nan))))
+    cells = dict(zip(TABLE_HEADER, table_cells(row), strict=True))
+    assert {cells[name] for name in ("precision", "recall", "MAE", "false positives")} == {"–"}
+
+
 def test_no_rows_have_no_summary():
     with pytest.raises(ValueError, match="at least one image"):
         summarise("Kvasir", "anderson", [])
@@ -81,7 +116,7 @@ def test_csv_cells_are_the_fields_and_nan_is_empty():
     text = to_csv([ROWS[0], row(0.25, math.nan, 0.5)], ImageRow).decode()
     first, second = csv.DictReader(io.StringIO(text))
     assert list(first) == [
-        "stem", "protocol", "target", "tp", "fp", "fn", "tn", "dice", "iou", "hd95",
+        "stem", "protocol", "target", "tp", "fp", "fn", "tn", "dice", "iou", "mae", "hd95",
         "steps", "evaluations", "residual", "status", "seconds",
     ]  # fmt: skip
     assert first["stem"] == "image, 0.5"

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polypseg.data import Pair, find_pairs, published_split, read_image
+from polypseg.data import (
+    DataError,
+    Pair,
+    find_pairs,
+    make_synthetic,
+    published_split,
+    read_image,
+)
 from polypseg.data.duplicates import NEAR_BITS, fingerprint
 from polypseg.data.splits import CLINIC_PREFIX, clinic_sequence
-from polypseg.testsets import NOTES
+from polypseg.testsets import NOTES, find_test_sets
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +86,17 @@ def bits_apart(first: list[np.ndarray], second: list[np.ndarray]) -> np.ndarray:
         for images in (first, second)
     ]
     return np.bitwise_count(words[0][:, None] ^ words[1][None]).sum(axis=2)
+
+
+def test_the_faults_of_all_folders_of_a_root_are_reported_together(tmp_path):
+    make_synthetic(tmp_path, train=2, test=2, size=64)
+    tests = tmp_path / "TestDataset"
+    sound = next(tests.iterdir())
+    damaged = next((sound / "images").iterdir())
+    damaged.write_bytes(b"no image")
+    (tests / "Unsound" / "images").mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        find_test_sets([tmp_path])
+    named = {fault.path for fault in caught.value.faults}
+    assert damaged in named
+    assert any(path.is_relative_to(tests / "Unsound") for path in named)

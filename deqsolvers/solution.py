@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -98,6 +99,8 @@ class Solution:
             ``None`` unless asked for.
         backward: the `Solution` of the implicit backward solve, once that ran.
         memory: the solver's memory at the end; kept only for backward passes that use it.
+
+    It is a pytree: `torch.func` transforms and `torch.export` pass it through, without the memory.
     """
 
     z: Any
@@ -143,3 +146,31 @@ class Solution:
                 f"worst residual {worst:.2e}): {status.sentence}"
             )
         return "\n".join(lines) if lines else "The batch was empty."
+
+
+def _flatten(solution: Solution) -> tuple[list[Any], tuple[int, int, bool, bool]]:
+    children = [
+        solution.z,
+        solution.status,
+        solution.residual,
+        solution.steps,
+        solution.evaluations,
+    ]
+    # A leaf that is None is no tensor, which some transforms refuse.
+    later = [solution.trace, solution.backward]
+    has_trace, has_backward = (child is not None for child in later)
+    children += [child for child in later if child is not None]
+    return children, (solution.calls, solution.rows_evaluated, has_trace, has_backward)
+
+
+def _unflatten(children: Iterable[Any], context: tuple[int, int, bool, bool]) -> Solution:
+    z, status, residual, steps, evaluations, *later = children
+    calls, rows_evaluated, has_trace, has_backward = context
+    trace = later[0] if has_trace else None
+    backward = later[-1] if has_backward else None
+    return Solution(z, status, residual, steps, evaluations, calls, rows_evaluated, trace, backward)
+
+
+pytree.register_pytree_node(
+    Solution, _flatten, _unflatten, serialized_type_name="deqsolvers.Solution"
+)

@@ -1,5 +1,7 @@
 """The solvers against independent implementations and against what theory says of them."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -8,6 +10,7 @@ import torch
 
 from deqsolvers import Anderson, AndersonTypeI, Broyden, NewtonKrylov, Solver, StepInfo, fixed_point
 from deqsolvers.state import Layout
+from tests.deqsolvers.maps import normal
 from tests.problems import (
     PROBLEMS,
     Problem,
@@ -40,19 +43,31 @@ def iterates(problem: Problem, solver: Solver, steps: int) -> list[np.ndarray]:
 
 
 def walker_ni(
-    problem: Problem, memory: int, damping: float, steps: int, kind: type[Anderson]
-) -> list[np.ndarray]:
-    """Anderson acceleration for each sample on its own; type II by orthogonal least squares."""
-    paths = []
+    problem: Problem,
+    memory: int,
+    damping: float,
+    steps: int,
+    kind: type[Anderson],
+    safeguard: float = math.inf,
+) -> tuple[list[np.ndarray], int]:
+    """Anderson acceleration for each sample on its own; type II by orthogonal least squares.
+
+    Also how many plain steps the safeguard has put in place of others.
+    """
+    paths, objections = [], 0
     for row in range(len(problem.z0)):
         inputs = tuple(tensor[row : row + 1] for tensor in problem.inputs)
         z = problem.z0[row].numpy()
         zs: list[np.ndarray] = []
         gs: list[np.ndarray] = []
-        path = [z]
+        path, smallest = [z], math.inf
         for _ in range(steps):
             with torch.no_grad():
                 fz = problem.f(torch.from_numpy(z).unsqueeze(0), *inputs)[0].numpy()
+            size = float(np.linalg.norm(fz - z))
+            if size > safeguard * smallest:
+                zs, gs, smallest, objections = [], [], size, objections + 1
+            smallest = min(smallest, size)
             zs, gs = [*zs, z][-memory - 1 :], [*gs, fz - z][-memory - 1 :]
             step = damping * gs[-1]
             if len(gs) > 1:
@@ -65,7 +80,7 @@ def walker_ni(
             z = z + step
             path.append(z)
         paths.append(path)
-    return [np.stack([path[k] for path in paths]) for k in range(steps + 1)]
+    return [np.stack([path[k] for path in paths]) for k in range(steps + 1)], objections
 
 
 @pytest.mark.parametrize("problem", [tanh_deq(), non_normal()], ids=lambda p: p.name)
@@ -77,9 +92,44 @@ def test_anderson_is_walker_and_ni_step_by_step(
 ) -> None:
     steps = 10
     ours = iterates(problem, kind(memory, damping, regularization=0.0), steps)
-    theirs = walker_ni(problem, memory, damping, steps, kind)
+    theirs, _ = walker_ni(problem, memory, damping, steps, kind)
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-7 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("safeguard", [1.0, 1.2])
+@pytest.mark.parametrize("kind", [Anderson, AndersonTypeI])
+def test_a_safeguard_starts_the_history_of_a_sample_again(
+    kind: type[Anderson], safeguard: float
+) -> None:
+    """From contracting to expanding maps, so that each sample meets it at steps of its own, and one
+    whose residual grows first and then falls, but not at once to where it began."""
+    matrix = torch.block_diag(rotation(2, 1.0, 0.9), rotation(2, 2.0, 1.0), rotation(2, 2.8, 1.3))
+    b, rates = normal(5, 6, seed=1), torch.tensor([[0.5], [0.9], [1.1], [1.3], [2.0]]).double()
+    rated = Problem("", lambda z, b, r: r * (z @ matrix.T) + b, torch.zeros_like(b), (b, rates))
+    for problem in (rated, non_normal()):
+        ours = iterates(problem, kind(3, 0.8, regularization=0.0, safeguard=safeguard), 12)
+        theirs, objections = walker_ni(problem, 3, 0.8, 12, kind, safeguard)
+        assert 3 <= objections <= 45
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [Anderson, AndersonTypeI])
+def test_the_ridge_is_that_of_columns_of_length_one(kind: type[Anderson]) -> None:
+    problem, ridge = symmetric(0.9), 0.05
+    z = iterates(problem, kind(2, regularization=ridge), 3)
+    residuals = [problem.f(torch.from_numpy(x), *problem.inputs).numpy() - x for x in z]
+    for row in range(len(problem.z0)):
+        dz, dg = (np.diff([x[row] for x in xs[:3]], axis=0).T for xs in (z, residuals))
+        g, last = residuals[2][row], z[2][row]
+        lengths = np.linalg.norm(dg, axis=0)
+        left, sign = (
+            (dg / lengths, 1) if kind is Anderson else (dz / np.linalg.norm(dz, axis=0), -1)
+        )
+        system = left.T @ (dg / lengths) + sign * ridge * np.eye(2)
+        gamma = np.linalg.solve(system, left.T @ g) / lengths
+        np.testing.assert_allclose(z[3][row], last + g - (dz + dg) @ gamma, atol=1e-9)
 
 
 def test_anderson_matches_scipy_on_one_problem() -> None:
@@ -185,6 +235,19 @@ def test_a_newton_step_is_the_iterate_of_gmres(name: str, memory: int) -> None:
     )
     assert 1 <= probes <= memory
     np.testing.assert_allclose(ours[probes + 1][0], expected, rtol=0, atol=1e-6)
+
+
+def test_a_newton_step_that_is_too_long_is_cut_to_the_lowest_point_of_a_parabola() -> None:
+    """Newton's method for arctan z = 0 leaves 3 for -9.5, and then diverges."""
+    start = 3.0
+    newton = -(1 + start**2) * math.atan(start)
+    problem = Problem("arctan", lambda z: z - torch.atan(z), torch.full((1, 1), start).double())
+    _, _, long, short = (float(z[0, 0]) for z in iterates(problem, NewtonKrylov(), 3))
+    assert long == pytest.approx(start + newton, rel=1e-6)
+    sizes = np.array([math.atan(start), math.atan(start + newton)]) ** 2
+    # p(t) = sizes[0] (1 - 2 t) + c t^2 is the square and its slope at 0, and the square at 1.
+    c = sizes[1] + sizes[0]
+    assert short == pytest.approx(start + newton * sizes[0] / c, rel=1e-6)
 
 
 def test_single_precision_costs_anderson_no_steps() -> None:

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqsolvers import DEQ, Anderson, Broyden, Implicit, Picard, Solution, Solver, fixed_point
+from deqsolvers import (
+    DEQ,
+    Anderson,
+    Broyden,
+    Implicit,
+    Picard,
+    Solution,
+    Solver,
+    Status,
+    fixed_point,
+)
 from tests.deqsolvers.maps import normal
 from tests.deqsolvers.references import unrolled
 
@@ -70,6 +80,26 @@ def test_the_implicit_gradient_reaches_nodes_that_the_loss_does_not_see() -> Non
         unrolled(graph, torch.zeros_like(x), x, steps=400)[5].sum(), x
     )
     torch.testing.assert_close(gradients[0], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_sample_that_goes_on_is_judged_by_where_it_goes_on_from() -> None:
+    """At rest its residual was 0, above which all is far; then it flips between 1 and -1."""
+    driven = torch.tensor([[True], [False]])
+
+    def f(z: Tensor) -> Tensor:
+        flip = torch.where(z >= 0, -1.0, 1.0).to(z.dtype)
+        return torch.where(driven, torch.where(z[1] > 0.4, flip, z), 0.5 * z + 0.5)
+
+    solution = fixed_point(
+        f,
+        torch.zeros(2, 1, dtype=torch.float64),
+        solver=Picard(),
+        relative=False,
+        tol=1e-6,
+        max_steps=60,
+        drop_converged=False,
+    )
+    assert solution.statuses() == [Status.STALLED, Status.CONVERGED]
 
 
 def test_samples_that_f_does_not_couple_are_not_reopened() -> None:

@@ -11,6 +11,7 @@ from deqsolvers import (
     Anderson,
     AndersonTypeI,
     Broyden,
+    Memory,
     NewtonKrylov,
     Picard,
     Solution,
@@ -18,6 +19,7 @@ from deqsolvers import (
     Status,
     fixed_point,
 )
+from deqsolvers.state import Layout
 from tests.problems import breaking, expanding, jumping, solved, symmetric, tanh_deq
 
 SOLVERS: list[Solver] = [Picard(), Anderson(), AndersonTypeI(), Broyden(), NewtonKrylov()]
@@ -81,6 +83,23 @@ def test_stalled_after_that_many_steps_without_progress(stall_after: int) -> Non
         assert len(trace) - 1 - int(trace.argmin()) == stall_after
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a converged sample"])
+def test_progress_of_less_than_a_percent_is_a_stall(beside: bool) -> None:
+    """||f(z) - z|| = 0.9999^k, which takes a hundred steps to fall by one per cent."""
+    shift = torch.tensor([[1.0], [0.0]] if beside else [[1.0]], dtype=torch.float64)
+    solution = fixed_point(
+        lambda z: 0.9999 * z + shift,
+        torch.zeros_like(shift),
+        solver=Picard(),
+        relative=False,
+        max_steps=200,
+        stall_after=30,
+        drop_converged=False,
+    )
+    assert solution.statuses()[0] == Status.STALLED
+    assert solution.evaluations[0] == 31
+
+
 def test_slow_progress_is_not_a_stall() -> None:
     """Rate 0.999: the residual falls by one per cent in ten steps."""
     problem = symmetric(0.999)
@@ -94,8 +113,58 @@ def test_diverged() -> None:
     problem = expanding()
     solution = fixed_point(problem.f, problem.z0, problem.inputs, solver=Picard(), max_steps=1000)
     assert solution.statuses() == [Status.DIVERGED] * 4
-    assert solution.calls < 60  # 1.5^34 is a million
     assert torch.isfinite(solution.z).all()
+
+
+def test_slow_growth_is_divergence_once_it_has_lasted() -> None:
+    """The residual is 1.1^k: 17 after as many steps as show a stall, far from 10^10."""
+    solution = fixed_point(
+        lambda z: 1.1 * z + 1, torch.zeros(1, 1), solver=Picard(), relative=False, stall_after=30
+    )
+    assert solution.statuses() == [Status.DIVERGED]
+    assert solution.calls == 31
+
+
+class Scripted(Picard):
+    """Goes from one given number to the next."""
+
+    def __init__(self, *path: float):
+        super().__init__()
+        self.path = path
+
+    def init(self, z: Tensor, layout: Layout) -> Memory:
+        self.left = iter(self.path)
+        return super().init(z, layout)
+
+    def step(self, memory: Memory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        return torch.full_like(z, next(self.left))
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [((50.0, 100.0), Status.DIVERGED), ((0.5, 100.0), Status.STEP_LIMIT)]
+)
+def test_a_last_step_that_went_too_far_is_no_divergence(
+    path: tuple[float, ...], status: Status
+) -> None:
+    """The residual of f(z) = 0 is |z|. Who came closer before needs more steps, no other f."""
+    solution = fixed_point(
+        torch.zeros_like,
+        torch.ones(1, 1),
+        solver=Scripted(*path),
+        relative=False,
+        max_steps=len(path),
+    )
+    assert solution.statuses() == [status]
+
+
+def test_a_sample_that_meets_the_tolerance_returns_the_state_that_met_it() -> None:
+    """Of f(z) = z + 1 the residual relative to f(z) falls, and ||f(z) - z|| stays what it is."""
+    solution = fixed_point(
+        lambda z: z + 1, torch.zeros(1, 1), solver=Picard(), tol=0.051, max_steps=40
+    )
+    assert solution.statuses() == [Status.CONVERGED]
+    assert float(solution.z) == int(solution.steps) == 19
+    assert float(solution.residual) == pytest.approx(1 / 20)
 
 
 def test_fast_growth_ends_long_before_a_stall_would_show_it() -> None:

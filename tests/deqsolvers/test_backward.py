@@ -372,3 +372,9 @@ def test_a_repr_makes_the_same_object(backward: Backward) -> None:
     assert type(other) is type(backward)
     assert repr(other) == repr(backward)
     assert getattr(other, "options", None) == getattr(backward, "options", None)
+
+
+def test_the_defaults_of_inexact_gradients() -> None:
+    """Of Geng et al. five steps of 0.5, of Ramzi et al. a fallback above 1.3 times the gradient."""
+    assert repr(Phantom()) == "Phantom(steps=5, damping=0.5)"
+    assert repr(Shine()) == "Shine(fallback=1.3)"

@@ -165,6 +165,14 @@ def test_where_f_expands_the_residual_must_fall(rate: float) -> None:
     )
 
 
+def test_a_solver_that_does_not_move_at_all_is_slow() -> None:
+    """What f contracts by along a step of no length is unknown, 0 / 0."""
+    problem = tanh_deq()
+    found = iterates(problem, HandOver(Stuck(0), Anderson()), 3)
+    torch.testing.assert_close(found[1], problem.z0)
+    torch.testing.assert_close(found[2], problem.f(problem.z0, *problem.inputs).detach())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_step_is_replaced(bad: float) -> None:
     problem = tanh_deq()

@@ -191,12 +191,15 @@ def test_it_is_reproducible_under_a_seed() -> None:
 
 
 def test_copies_draw_masks_of_their_own() -> None:
-    f = Damped()
-    pair = DEQ(lambda z, x: f(z, x) + 0 * twin(z, x), **EXACT)
-    twin = copy.deepcopy(f)
-    x = normal(2, 20)
-    kept(pair(x)[0] - 0 * x, x)
-    assert not list(f.state_dict())
+    drop, ones = VariationalDropout(0.5), torch.ones(2, 20)
+    with fixed_masks():
+        first = drop(ones)
+        twin = copy.deepcopy(drop)  # of a layer that holds a mask already
+        other = twin(ones)
+        assert not torch.equal(first, other)
+        assert torch.equal(drop(ones), first)
+        assert torch.equal(twin(ones), other)
+    assert not list(drop.state_dict())
 
 
 def test_outside_of_a_solve_it_says_what_to_do() -> None:

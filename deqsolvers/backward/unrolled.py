@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class Unrolled(Backward):
         options: Options,
     ) -> tuple[Any, Solution]:
         with torch.enable_grad():
-            solution = iterate(f, z0, inputs, solver, replace(options, drop_converged=False))
+            solution = iterate(f, z0, inputs, solver, options)
         z = solution.z
         if solution.calls == 0:  # an empty batch, whose gradients are zeros and not nothing
             z = JacobianFree().attach(f, inputs, solution)

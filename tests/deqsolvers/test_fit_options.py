@@ -13,6 +13,7 @@ from deqsolvers import (
     FitEpoch,
     HyperSolver,
     LossWeights,
+    Picard,
     fit_hypersolver,
 )
 from deqsolvers.hypersolver.losses import unroll
@@ -65,6 +66,88 @@ def test_the_weight_of_the_alpha_loss_falls_linearly() -> None:
     assert weights.alpha_at(0.1) == pytest.approx(2e-6 + 0.75 * 9.8e-5)
     assert weights.alpha_at(0.4) == weights.alpha_at(1) == pytest.approx(2e-6)
     assert LossWeights(alpha_decay=0).alpha_at(0) == 5e-8
+    assert LossWeights() == LossWeights(0.1, 0.02, 1e-5, final_alpha=5e-8, alpha_decay=0.5)
+
+
+def test_the_weight_of_the_alpha_loss_falls_while_fitting() -> None:
+    """With nothing learned the loss is in proportion to it."""
+    weights = LossWeights(convergence=0, initializer=0, alpha=1, final_alpha=0.2, alpha_decay=0.5)
+    history = fit_hypersolver(
+        small(), DEQ(Counting()), inputs_of(1), epochs=4, steps=2, lr=0, final_lr=0, weights=weights
+    )
+    shares = [epoch.loss / history[0].loss for epoch in history]
+    assert shares == pytest.approx([1, 0.6, 0.2, 0.2], rel=1e-5)
+
+
+def test_the_learning_rate_decays_by_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    original = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, *args: Any) -> Any:
+        rates.extend(group["lr"] for group in self.param_groups)
+        return original(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    fit_hypersolver(
+        small(), DEQ(Counting()), inputs_of(2), epochs=2, steps=1, lr=1e-2, final_lr=1e-4
+    )
+    # After 0, 1/4, 1/2 and 3/4 of the updates, where the cosine is 1, sqrt(1/2), 0 and -sqrt(1/2).
+    swings = [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
+    assert rates == pytest.approx([1e-4 + 9.9e-3 * swing for swing in swings])
+
+
+def test_a_large_gradient_is_cut_to_length_one() -> None:
+    hyper = small()
+    fit_hypersolver(
+        hyper,
+        DEQ(Counting()),
+        inputs_of(1),
+        epochs=1,
+        steps=2,
+        weights=LossWeights(convergence=1e3),
+    )
+    gradients = [p.grad.flatten() for p in hyper.parameters() if p.grad is not None]
+    assert float(torch.cat(gradients).norm()) == pytest.approx(1, rel=1e-3)
+
+
+def test_a_sample_teaches_from_a_residual_of_one_per_cent_on() -> None:
+    """Plain steps from zero on r z + x leave the residual (1 - r) r^k / (1 - r^(k + 1))."""
+    rates = torch.linspace(0.5, 0.99, 40, dtype=torch.float64).unsqueeze(1)
+    x, steps = normal(40, 3), 20
+    teacher = Teacher(DEQ(lambda z, x, r: r * z + x), Picard(), tol=1e-9, max_steps=steps)
+    target = teacher.target((x, rates))
+    residual = ((1 - rates) * rates**steps / (1 - rates ** (steps + 1))).squeeze(1)
+    reliable = residual <= 1e-2
+    assert 0 < target.skipped == int((~reliable).sum()) < 40
+    torch.testing.assert_close(target.inputs, (x[reliable], rates[reliable]))
+    found = (x * (1 - rates**steps) / (1 - rates))[reliable]
+    torch.testing.assert_close(target.goal, found)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ([16, 0], None),
+        ([16, 1], "17 of 32 samples"),  # once the epoch is over
+        ([16, 16, 0, 0, 0, 0], None),
+        ([16, 16, 1, 0, 0, 0], "33 of 64 samples"),  # as soon as so many were seen
+    ],
+)
+def test_a_fit_is_refused_where_most_samples_have_no_fixed_point(
+    lost: list[int], message: str | None
+) -> None:
+    batches = [batch[:16] for batch in inputs_of(len(lost))]
+    for batch, count in zip(batches, lost, strict=True):
+        batch[:count] = torch.nan
+
+    def fit() -> None:
+        fit_hypersolver(small(), DEQ(Counting()), lambda epoch: batches, epochs=1, steps=1)
+
+    if message is None:
+        fit()
+    else:
+        with pytest.raises(ValueError, match=f"unreliable for {message}"):
+            fit()
 
 
 def gradients(mode: Any) -> tuple[dict[str, Tensor], Tensor, dict[bool, int]]:
@@ -100,7 +183,20 @@ def test_truncation_needs_no_gradient_of_f() -> None:
     assert calls == {True: 0, False: 4}
     torch.testing.assert_close(path, gradients("full")[1])
     assert not any(found[name].any() for name in found if name.startswith("initializer"))
-    assert float(found["network.read.weight"].abs().sum()) > 0
+
+    f, hyper = TanhMap(SIZE, dtype=torch.float32), small()
+    torch.nn.init.normal_(hyper.network.read.weight, std=0.05)  # type: ignore[union-attr, arg-type]
+    x = inputs_of(1)[0]
+    target = Teacher(DEQ(f)).target(x)
+    with torch.no_grad():
+        z = torch.stack(unroll(hyper, DEQ(f), target, 4).states[:4], dim=1)  # memory 3: all of them
+        g = torch.stack([f(z[:, k], x) for k in range(4)], dim=1) - z
+    alpha, beta = hyper.network(g)
+    last = (alpha.unsqueeze(2) * z).sum(1) + beta * (alpha.unsqueeze(2) * g).sum(1)
+    distance = (last - target.goal).norm(dim=1) / target.goal.norm(dim=1)
+    distance.mean().backward()
+    for name, parameter in hyper.network.named_parameters():
+        torch.testing.assert_close(found[f"network.{name}"], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_truncated_fits_learn_too() -> None:

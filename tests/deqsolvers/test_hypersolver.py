@@ -102,6 +102,36 @@ def test_alpha_is_the_raw_output_with_its_excess_spread_evenly() -> None:
     assert float(beta.detach()) == pytest.approx(1.3)
 
 
+def test_the_network_by_hand() -> None:
+    """A short series of which the earlier residuals are the larger ones, as they are in a solve."""
+    network = randomised(AlphaBetaNetwork(2, memory=3, width=8, groups=4)).double()
+    conv, norm, _ = network.mix
+    assert isinstance(norm, nn.GroupNorm)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    kernel, shift, scale, offset, reader, bias = (
+        p.detach().numpy()
+        for p in (*conv.parameters(), *norm.parameters(), *network.read.parameters())
+    )
+    series = normal(1, 2, 2) * torch.tensor([10.0, 1.0]).double()[:, None]
+    alpha, beta = network(series)
+
+    # Two residuals that exist, two of zero for those to come, and the edges of the convolution.
+    padded = np.zeros((6, 2))
+    padded[1:3] = series[0] / np.sqrt(np.mean(series[0].numpy() ** 2))
+    mixed = np.stack(
+        [np.einsum("oik,ki->o", kernel, padded[t : t + 3]) + shift for t in range(4)], axis=1
+    )
+    groups = mixed.reshape(4, -1)
+    groups = groups - groups.mean(1, keepdims=True)
+    groups = groups / np.sqrt((groups**2).mean(1, keepdims=True) + 1e-5)
+    inner = np.maximum(groups.reshape(8, 4) * scale[:, None] + offset[:, None], 0)
+    out = reader @ inner.ravel() + bias
+    raw = out[:2] + np.array([0, 1])
+    np.testing.assert_allclose(alpha[0].detach(), raw + (1 - raw.sum()) / 2)
+    np.testing.assert_allclose(float(beta.detach()), 1 + out[-1])
+
+
 def test_the_network_sees_residuals_in_their_own_scale() -> None:
     network = randomised(AlphaBetaNetwork(3, memory=4)).double()
     series = normal(4, 5, 3)

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from deqsolvers import DEQ, HyperSolver, LossWeights, fit_hypersolver
+from deqsolvers.hypersolver.losses import unroll
+from deqsolvers.hypersolver.network import AlphaBetaNetwork
+from deqsolvers.hypersolver.targets import Teacher
 from tests.deqsolvers.maps import TanhMap, normal
 
 SIZE = 8
@@ -91,3 +94,27 @@ def test_the_three_losses_are_what_the_paper_says() -> None:
     }
     for loss, value in expected.items():
         assert loss_and_gradient(hyper, LOSSES[loss])[0] == pytest.approx(value, rel=1e-6), loss
+
+
+def test_the_alpha_loss_is_that_of_the_mixed_residuals() -> None:
+    """sum_i alpha_i g_i without beta and without what a preconditioner makes of it."""
+    alphas, beta = {1: [1.0], 2: [-0.4, 1.4], 3: [0.2, -0.5, 1.3]}, 0.7
+
+    class Fixed(AlphaBetaNetwork):
+        def forward(self, series: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            alpha = torch.tensor(alphas[series.shape[1]], dtype=series.dtype)
+            return alpha.expand(len(series), -1), series.new_full((len(series), 1), beta)
+
+    hyper = untrained()
+    hyper.network = Fixed(SIZE, memory=2).double()
+    hyper.preconditioner = torch.nn.Linear(SIZE, SIZE).double()
+    deq, x, steps = DEQ(TanhMap(SIZE), tol=1e-12), normal(4, SIZE), 4
+    with torch.no_grad():
+        target = Teacher(deq, tol=1e-12, max_steps=200).target(x)
+        found = unroll(hyper, deq, target, steps)
+        for step in range(steps):
+            states = found.states[max(0, step - 2) : step + 1]
+            residuals = [deq.f(z, x) - z for z in states]
+            mixed = sum(a * g for a, g in zip(alphas[len(states)], residuals, strict=True))
+            expected = mixed.norm(dim=1) / target.goal.norm(dim=1)  # type: ignore[union-attr]
+            torch.testing.assert_close(found.mixed[step], expected)

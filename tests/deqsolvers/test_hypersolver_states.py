@@ -10,7 +10,11 @@ from torch.utils import _pytree as pytree
 
 from deqsolvers import DEQ, HyperSolver, Picard, Status, fit_hypersolver, fixed_point
 from deqsolvers.hypersolver.fit import measure_distances
-from deqsolvers.hypersolver.initializers import MultiScaleInitializer, SequenceInitializer
+from deqsolvers.hypersolver.initializers import (
+    DeepImageInitializer,
+    MultiScaleInitializer,
+    SequenceInitializer,
+)
 from deqsolvers.hypersolver.network import pool_scales, pool_sequences
 from deqsolvers.hypersolver.preconditioners import ImagePreconditioner, VectorPreconditioner
 from tests.deqsolvers.maps import normal
@@ -150,6 +154,37 @@ def test_the_deep_initializer_sees_the_whole_image() -> None:
         before, after = initializer(x), initializer(changed)
         assert before.shape == (1, 8, 33, 30)
         assert torch.equal(before[..., -1, -1], after[..., -1, -1]) is not deep
+
+
+def test_a_scale_is_computed_from_the_averages_of_its_cells() -> None:
+    initializer = MultiScaleInitializer(3, [4, 6], kernel_size=1).double()
+    x = normal(2, 3, 5, 4)
+    _, coarse = initializer(x)
+    convolution = initializer.scales[1].convolution
+    for row, rows in ((0, slice(0, 2)), (2, slice(4, 5))):  # the last cell has half the pixels
+        mean = x[:, :, rows, 2:4].mean(dim=(2, 3))
+        expected = mean @ convolution.weight[:, :, 0, 0].T + convolution.bias
+        torch.testing.assert_close(coarse[:, :, row, 1], expected.clamp_min(0))
+
+
+def test_every_weight_of_the_deep_initializer_has_a_say() -> None:
+    initializer = DeepImageInitializer(3, 4, width=8, blocks=3)
+    initializer(torch.randn(2, 3, 13, 18)).square().sum().backward()
+    for name, parameter in initializer.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_blocks_of_the_deep_initializer_add_to_what_they_are_given() -> None:
+    """Blocks that say nothing change nothing."""
+    deep, plain = DeepImageInitializer(3, 4, width=8, blocks=2), DeepImageInitializer(3, 4, 8, 4, 0)
+    for block in deep.blocks:
+        nn.init.zeros_(block[2].weight)
+    plain.load_state_dict(
+        {key: value for key, value in deep.state_dict().items() if not key.startswith("blocks")}
+    )
+    x = torch.randn(2, 3, 9, 12)
+    torch.testing.assert_close(deep(x), plain(x))
 
 
 def test_strides_and_channels_must_match() -> None:

@@ -50,6 +50,41 @@ def test_the_loss_on_the_way_is_that_of_an_iterate(name: str) -> None:
     assert found.loss.item() == pytest.approx(plain.eval()(images, masks, True).loss.item())
 
 
+def test_the_jacobian_term_is_the_mean_square_of_a_product() -> None:
+    objective, model = implicit_objective("polypdeq-add", "implicit.jacobian=0.3")
+    images, masks = a_batch()
+    objective.eval()
+    torch.manual_seed(2)
+    found = objective(images, masks, True, regularized=True)
+    assert found.solution is not None
+    assert found.jacobian is not None
+
+    z = found.solution.z.detach().requires_grad_()
+    torch.manual_seed(2)
+    noise = torch.randn(len(z), z[0].numel()).reshape(z.shape)
+    (product,) = torch.autograd.grad(model.deq.f(z, model.features(images)), z, noise)
+    expected = product.square().mean().item()
+    assert found.jacobian.item() == pytest.approx(expected, rel=1e-4)
+    assert found.objective.item() == pytest.approx(found.loss.item() + 0.3 * expected, rel=1e-6)
+
+
+def test_the_layer_is_set_up_as_the_settings_say() -> None:
+    with torch.device("meta"):
+        _, model = implicit_objective(
+            "polypdeq-add", "implicit.backward=phantom", "implicit.backward_steps=3"
+        )
+        _, shine = implicit_objective(
+            "polypdeq-add", "implicit.backward=shine", "implicit.solver=broyden"
+        )
+    assert repr(model.deq.backward) == "Phantom(steps=3, damping=1.0)"
+    assert repr(model.deq.solver) == "Picard(damping=1.0)"
+    assert (model.deq.options.tol, model.deq.options.max_steps) == (1e-6, 6)
+    assert (type(shine.deq.backward).__name__, type(shine.deq.solver).__name__) == (
+        "Shine",
+        "Broyden",
+    )
+
+
 def test_any_step_can_be_scored() -> None:
     objective, model = implicit_objective("polypdeq-add", "implicit.correction=1")
     images, masks = a_batch()

@@ -16,7 +16,7 @@ from polypseg.checkpoint import CheckpointError, load_weights
 from polypseg.config import ConfigError, load_recipe
 from polypseg.data import DataError, list_images, make_synthetic, read_image
 from polypseg.predictor import Predictor
-from polypseg.schedule import learning_rate, rescale
+from polypseg.schedule import learning_rate, parameter_groups, rescale
 from polypseg.train import InputError, main
 
 TINY = [
@@ -224,6 +224,40 @@ def test_the_paper_restarts_the_learning_rate_after_the_warm_epochs() -> None:
     assert learning_rate(settings, 0.05) == pytest.approx(1e-4)
     assert learning_rate(settings, 0.525) == pytest.approx((1e-4 + 1e-6) / 2)
     assert learning_rate(settings, 1.0) == pytest.approx(1e-6)
+
+
+def test_weights_decay_and_biases_and_normalisation_do_not() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    model.append(torch.nn.Linear(4, 2))
+    decayed, others = parameter_groups(model, 0.3)
+    assert decayed["weight_decay"] == 0.3
+    assert others["weight_decay"] == 0
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
+    assert len(others["params"]) == 4
+
+
+@pytest.mark.parametrize("scale", [0.75, 1.25])
+def test_a_rescaled_mask_lies_where_its_image_does(scale: float) -> None:
+    """By the middle of a square, on average over how it lies to the pixels."""
+    masks = torch.zeros(16, 1, 128, 128)
+    for number, mask in enumerate(masks):
+        row, column = divmod(number, 4)
+        mask[0, 40 + row : 80 + row, 20 + column : 50 + column] = 1
+    batch = {"image": masks.expand(-1, 3, -1, -1), "mask": masks}
+    middles = []
+    for found in rescale(batch, scale, torch.device("cpu")):
+        places = (torch.arange(found.shape[-1]) + 0.5) * 128 / found.shape[-1]
+        weights = found[:, 0] / found[:, 0].sum((1, 2), keepdim=True)
+        middles.append(torch.stack([weights.sum(2) @ places, weights.sum(1) @ places]).mean(1))
+    torch.testing.assert_close(middles[0], torch.tensor([61.5, 36.5]), rtol=0, atol=0.01)
+    torch.testing.assert_close(middles[1], middles[0], rtol=0, atol=0.2)
+
+
+def test_a_smaller_image_is_an_average() -> None:
+    """Of stripes on every fourth column, also of those between the columns that lie nearest."""
+    stripes = (torch.arange(256) % 4 == 0).float().expand(1, 3, 256, 256)
+    images, _ = rescale({"image": stripes, "mask": stripes[:, :1]}, 0.25, torch.device("cpu"))
+    torch.testing.assert_close(images[..., 1:-1], torch.full((1, 3, 64, 62), 0.25))
 
 
 @pytest.mark.parametrize(("scale", "side"), [(0.75, 192), (1.0, 256), (1.25, 320), (0.3, 64)])

@@ -1,5 +1,6 @@
 """Items, augmentation and order of the training data."""
 
+import colorsys
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,39 @@ def test_steps_are_drawn_independently() -> None:
         jittered = not (moved[20, 20] == [180, 90, 60]).all()
         seen.add((int(quadrants.argmax()), shifted, jittered))
     assert len(seen) == 16
+
+
+def test_all_eight_symmetries_of_a_square_are_drawn() -> None:
+    """Told by where two unlike corners of the mask end up."""
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:20, :20] = 1
+    mask[:10, 20:] = 1
+    transform = TrainTransform(40)
+    seen = set()
+    for seed in range(120):
+        _, moved = transform(np.zeros((40, 40, 3), np.uint8), mask, (seed,))
+        halves = moved.reshape(4, 10, 4, 10).mean(axis=(1, 3))
+        if set(halves.ravel()) == {0, 1}:  # neither turned nor scaled
+            seen.add(tuple(halves.ravel()))
+    assert len(seen) == 8
+
+
+def test_colours_change_a_little() -> None:
+    """Of an even picture brightness is the jitter's, whose contrast and saturation leave grey."""
+    transform = TrainTransform(16)
+    mask = np.zeros((16, 16), np.uint8)
+    factors, hues = [], []
+    for seed in range(400):
+        for colour, found in (([100, 100, 100], factors), ([200, 100, 60], hues)):
+            moved, _ = transform(np.full((16, 16, 3), colour, np.uint8), mask, (seed,))
+            if (moved == moved[0, 0]).all():  # no border was moved in
+                found.append(moved[0, 0] / 255)
+    brightness = np.array(factors)[:, 0] * 2.55
+    assert 0.69 < brightness.min() < 0.75
+    assert 1.25 < brightness.max() < 1.31
+    shifts = [colorsys.rgb_to_hsv(*one)[0] - colorsys.rgb_to_hsv(200, 100, 60)[0] for one in hues]
+    assert 0.02 < max(shifts) < 0.045
+    assert -0.045 < min(shifts) < -0.02
 
 
 def test_shrinking_is_antialiased_and_mask_is_cut_at_half() -> None:

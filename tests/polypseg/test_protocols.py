@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from polypseg.boundary import hausdorff95
 from polypseg.metrics import resize_logits
 from polypseg.protocols import PROTOCOLS, check_protocols, score_result
 from polypseg.result import Result
@@ -41,6 +42,7 @@ def test_default_counts_at_the_size_of_the_mask(case):
     assert scored.confusion.tp == (prediction & (truth > 0)).sum()
     assert scored.mae == pytest.approx(np.abs(result.probability.astype(float) - truth).mean())
     assert sum(vars(scored.confusion).values()) == 70 * 50
+    assert scored.hd95 == hausdorff95(prediction, truth > 0) > 0
 
 
 def test_paper_counts_at_the_size_of_the_network(case):
@@ -63,6 +65,12 @@ def test_pranet_is_the_mean_over_256_thresholds_of_the_stretched_map(case):
     assert (scored.dice, scored.iou) == pytest.approx(tuple(np.mean(scores, axis=0)))
     stretched = (p - p.min()) / (p.max() - p.min())
     assert scored.mae == pytest.approx(np.abs(stretched - truth).mean())
+    middle = levels >= 128 / 255 - 1e-9
+    assert (scored.confusion.tp, scored.confusion.fp) == (
+        (middle & (truth > 0)).sum(),
+        (middle & (truth == 0)).sum(),
+    )
+    assert scored.hd95 == hausdorff95(middle, truth > 0) > 0
 
 
 def test_the_stretch_hides_what_the_threshold_shows():

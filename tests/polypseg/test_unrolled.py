@@ -46,10 +46,10 @@ def test_systems_are_solved_as_torch_does(n: int) -> None:
 
 
 def test_a_matrix_without_a_factor_is_told_by_sample() -> None:
-    matrix = torch.stack([torch.eye(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]])])
-    assert (cholesky(matrix)[1] != 0).tolist() == (
-        torch.linalg.cholesky_ex(matrix).info != 0
-    ).tolist()
+    indefinite, nan = torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.full((2, 2), torch.nan)
+    matrix = torch.stack([torch.eye(2), indefinite, torch.zeros(2, 2), torch.ones(2, 2), nan])
+    found = (cholesky(matrix)[1] != 0).tolist()
+    assert found == (torch.linalg.cholesky_ex(matrix).info != 0).tolist() == [False, *[True] * 4]
 
 
 class Solve(nn.Module):

@@ -82,7 +82,8 @@ def fit_hypersolver(
             before it, so that f has no backward pass at all: about half the time, and a little
             less far.
         teacher: the classic solver; `Anderson` with memory 10 if None.
-        teacher_tol, teacher_steps: its relative tolerance and limit.
+        teacher_tol, teacher_steps: its relative tolerance and limit; ``stall_after`` and
+            ``drop_converged`` are the DEQ's own.
         cache: keep z* of batches that come again: True in memory up to a gibibyte, or a folder,
             which later fits to the same f use too. Augmented batches never come again.
         validation: like ``batches``; measured after every epoch.

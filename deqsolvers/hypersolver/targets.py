@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deqsolvers.deq import DEQ
-from deqsolvers.options import Options
 from deqsolvers.solvers import Anderson, Picard, Solver
 from deqsolvers.state import Layout, map_rows
 
@@ -49,7 +48,8 @@ class Teacher:
     Args:
         deq: provides f.
         solver: `Anderson` with memory 10 if None.
-        tol, max_steps: its relative tolerance and limit.
+        tol, max_steps: its relative tolerance and limit; ``stall_after`` and ``drop_converged`` are
+            the DEQ's own.
         cache: True keeps z* in memory, up to a gibibyte; a folder keeps it there, for later
             fits too. A batch is known again by its values, and so are the weights of an f that is
             an nn.Module; what a folder holds is used only where f, evaluated once, leaves it in
@@ -66,8 +66,14 @@ class Teacher:
     ):
         self.solver = solver or Anderson(memory=10)
         self.tol, self.max_steps = tol, max_steps
+        # Whether samples may leave the batch, and how long a plateau is, stay the layer's own.
         self.deq = deq.with_solver(
-            self.solver, raise_on_failure=False, **asdict(Options(tol, max_steps))
+            self.solver,
+            raise_on_failure=False,
+            tol=tol,
+            max_steps=max_steps,
+            relative=True,
+            final="best",
         )
         self.folder = None if isinstance(cache, bool) else Path(cache)
         if self.folder is not None:

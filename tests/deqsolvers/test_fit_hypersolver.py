@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deqsolvers import DEQ, FitEpoch, HyperSolver, Picard, fit_hypersolver
 from deqsolvers.hypersolver.fit import measure_distances
 from deqsolvers.hypersolver.network import AlphaBetaNetwork
+from deqsolvers.hypersolver.targets import Teacher
 from tests.deqsolvers.maps import ConvolutionMap, TanhMap, normal
 
 SIZE = 8
@@ -174,6 +175,24 @@ def test_iterators_are_iterated_once_for_all_epochs() -> None:
         validation=(x for x in inputs_of(2, seed=50)),
     )
     assert [len(epoch.distances) for epoch in history] == [3, 3, 3]
+
+
+def test_z_star_is_that_of_the_whole_batch_where_the_layer_keeps_it_together() -> None:
+    f, sizes = TanhMap(SIZE, norm=0.9, dtype=torch.float32), set()
+
+    def whole(z: Tensor, x: Tensor) -> Tensor:
+        sizes.add(len(z))
+        return f(z, x - x.mean(0))
+
+    fit_hypersolver(small(), DEQ(whole, drop_converged=False), inputs_of(2), epochs=1, steps=2)
+    assert sizes == {32}
+
+
+def test_z_star_may_cross_a_plateau_that_the_layer_may_cross() -> None:
+    deq = DEQ(lambda z, x: 0.95 * z + x.clamp(0.1, 1), stall_after=77)
+    teacher = Teacher(deq, Picard(), max_steps=50)
+    assert teacher.deq.options.stall_after == 77
+    assert teacher.deq.options.tol == 1e-4
 
 
 def test_a_deq_that_does_not_converge_is_refused() -> None:

@@ -23,6 +23,7 @@ from deqsolvers.hypersolver.losses import (
 from deqsolvers.hypersolver.progress import Bar
 from deqsolvers.hypersolver.record import FitEpoch, FitState
 from deqsolvers.hypersolver.targets import RELIABLE, Target, Teacher, fingerprint
+from deqsolvers.modules import modules_of
 from deqsolvers.solvers import Solver
 from deqsolvers.solvers.base import check_count
 from deqsolvers.solvers.hyper import FittedOn, HyperSolver
@@ -67,7 +68,8 @@ def fit_hypersolver(
 
     Args:
         hyper: trained in place.
-        deq: provides f; it is put into evaluation mode and left so only while fitting.
+        deq: provides f; it is put into evaluation mode and left so only while fitting, and with
+            it the modules that f calls where it is a function (`cached_weights` says which).
         batches: iterated once an epoch; every item is f's inputs, one tensor, or a tuple or list of
             them (as a DataLoader makes). Or a function of the epoch, 0 first, that returns such an
             iterable: a resumed fit then repeats exactly what it would have seen. A list is shuffled
@@ -141,8 +143,9 @@ def fit_hypersolver(
             "f": fingerprint(deq.f),
         }
     )
-    modes = {module: module.training for module in deq.modules()}
-    deq.eval()
+    frozen = torch.nn.ModuleList([deq, *modules_of(deq.f)])  # those that a function calls too
+    modes = {module: module.training for module in frozen.modules()}
+    frozen.eval()
     hyper.train()
     teach = Teacher(deq, teacher, teacher_tol, teacher_steps, cache)
     bar = Bar(total, len(fit.history) * per_epoch, progress)

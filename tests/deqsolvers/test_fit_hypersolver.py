@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from deqsolvers import DEQ, FitEpoch, HyperSolver, Picard, fit_hypersolver
 from deqsolvers.hypersolver.fit import measure_distances
@@ -106,6 +107,20 @@ def test_the_map_is_left_exactly_as_it_was() -> None:
     assert f.map.weight.requires_grad
     assert all(p.grad is None for p in f.parameters())
     assert not f.trained_seen  # z* and the unrolled steps see the map of inference
+
+
+def test_the_modules_that_a_function_calls_are_left_as_they_were_too() -> None:
+    f = Switching()
+    f.norm.eval()
+    normalized = parametrizations.spectral_norm(nn.Linear(SIZE, SIZE))
+    before = copy.deepcopy((f.state_dict(), normalized.state_dict()))
+    deq = DEQ(lambda z, x: f(z, x) + 0.1 * normalized(z))
+    fit_hypersolver(small(), deq, inputs_of(2), epochs=1, steps=2)
+    torch.testing.assert_close((f.state_dict(), normalized.state_dict()), before, rtol=0, atol=0)
+    assert not f.trained_seen
+    assert f.drop.training
+    assert normalized.training
+    assert not f.norm.training
 
 
 def test_modes_come_back_after_an_error() -> None:

@@ -176,6 +176,8 @@ def iterate(
             calls += 1
             rows_evaluated += z.shape[0]
             fz = layout.flatten(state)
+            if fz.requires_grad and not torch.is_grad_enabled():
+                fz = fz.detach()  # f enabled gradients to differentiate something inside
             if fz.shape != z.shape:
                 raise ValueError(
                     f"f returned {fz.shape[0]} samples for the {z.shape[0]} that are left of "

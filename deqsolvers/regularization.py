@@ -26,8 +26,9 @@ def jacobian_regularizer(
     and training stable. The estimate is differentiable w.r.t. f's parameters, and not w.r.t. z.
 
     Args:
-        f: called as ``f(z, *inputs)``; must allow differentiating twice (fused attention kernels
-            may not: use ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``).
+        f: called as ``f(z, *inputs)``; must allow differentiating twice. Fused attention kernels
+            may not: use ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. Nor does what
+            `torch.compile` made of f: give f itself.
         z: where the Jacobian is taken, usually ``solution.z``.
         inputs: f's further arguments.
         generator: for the random vectors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class AlphaBetaNetwork(nn.Module):
         ``series`` is (B, k, features), oldest residual first, k at most m + 1.
         """
         batch, length, features = series.shape
+        if features != self.features:
+            raise ValueError(
+                f"the residuals are pooled to {features} numbers, and this HyperSolver was made "
+                f"for {self.features}: give it as many features (or channels) as the state has"
+            )
         power = series.square().mean(dim=(1, 2), keepdim=True)
         series = series * torch.where(power > 0, power, 1.0).rsqrt()
         # As in the paper, residuals that do not exist yet are zeros after those that do.
@@ -79,19 +85,42 @@ class AlphaBetaNetwork(nn.Module):
 
 def pool_vectors(residual: Tensor) -> Tensor:
     """Vectors (B, C) are as small as they need be."""
-    return residual
+    return _real(residual, "vectors", "(B, features)", 2)
 
 
 def pool_sequences(residual: Tensor) -> Tensor:
     """Mean over time, (B, T, C) -> (B, C)."""
-    return residual.mean(dim=1)
+    return _real(residual, "sequences", "(B, T, features)", 3).mean(dim=1)
 
 
 def pool_images(residual: Tensor) -> Tensor:
     """Global average pool, (B, C, H, W) -> (B, C)."""
-    return residual.mean(dim=(2, 3))
+    return _real(residual, "images", "(B, channels, H, W)", 4).mean(dim=(2, 3))
 
 
 def pool_scales(residual: Sequence[Tensor]) -> Tensor:
     """Global average pool of each scale, side by side: (B, sum of channels)."""
+    if isinstance(residual, Tensor):
+        raise ValueError(
+            "a HyperSolver made for scales solves tuples of images, and this state is one tensor: "
+            "use for_images"
+        )
     return torch.cat([pool_images(scale) for scale in residual], dim=1)
+
+
+def _real(residual: Any, kind: str, shape: str, dims: int) -> Tensor:
+    """``residual`` if it is of such a state; ValueError or TypeError otherwise."""
+    if not isinstance(residual, Tensor) or residual.dim() != dims:
+        got = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
+        raise ValueError(
+            f"a HyperSolver made for {kind} solves states {shape}, and this one is {got}: use "
+            "for_vectors, for_sequences, for_images or for_scales, as the state is, or a pool of "
+            "your own"
+        )
+    if residual.is_complex():
+        raise TypeError(
+            f"the networks of a HyperSolver are real, and this state is {residual.dtype}: keep the "
+            "state as real and imaginary channels (torch.view_as_real), or give the HyperSolver a "
+            "pool that returns both parts side by side"
+        )
+    return residual

@@ -262,7 +262,10 @@ class HyperSolver(nn.Module, Solver):
         memory.mixed = direction = memory.g.combine(alpha, out=memory.buffers.like(g))
         if self.preconditioner is not None:
             layout = memory.layout
-            residual = pytree.tree_map(lambda g: g.to(parameter.dtype), layout.unflatten(direction))
+            residual = pytree.tree_map(
+                lambda g: g if g.is_complex() else g.to(parameter.dtype),
+                layout.unflatten(direction),
+            )
             direction = layout.flatten(self.preconditioner(residual))
         scaled = torch.mul(beta.to(z.dtype), direction, out=memory.buffers.like(z))
         return memory.z.add_to(scaled, alpha, out=memory.buffers.like(z))

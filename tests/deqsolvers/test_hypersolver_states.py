@@ -15,7 +15,7 @@ from deqsolvers.hypersolver.initializers import (
     MultiScaleInitializer,
     SequenceInitializer,
 )
-from deqsolvers.hypersolver.network import pool_scales, pool_sequences
+from deqsolvers.hypersolver.network import AlphaBetaNetwork, pool_scales, pool_sequences
 from deqsolvers.hypersolver.preconditioners import ImagePreconditioner, VectorPreconditioner
 from tests.deqsolvers.maps import normal
 
@@ -277,3 +277,36 @@ def test_without_an_initializer_it_learns_to_step() -> None:
     plain = measure_distances(Picard(), deq, test, 3)[0].mean(1)
     assert learned[0] == plain[0] == 1
     assert learned[3] < 0.5 * plain[3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "z0", "message"),
+    [
+        ("vectors", torch.zeros(3, 5), "pooled to 5 numbers.*made for 6.*as the state has"),
+        ("images", torch.zeros(3, 5, 4, 4), "pooled to 5 numbers.*made for 6"),
+        ("vectors", torch.zeros(3, 5, 6), r"vectors solves states \(B, features\).*is \(3, 5, 6\)"),
+        ("sequences", torch.zeros(3, 6), r"sequences solves states \(B, T, features\)"),
+        ("images", (torch.zeros(3, 6, 4, 4),), "this one is tuple: use for_vectors"),
+        ("scales", torch.zeros(3, 8, 4, 4), "one tensor: use for_images"),
+    ],
+)
+def test_a_state_that_it_was_not_made_for(kind: str, z0: object, message: str) -> None:
+    hyper, _ = WITHOUT[kind]
+    with pytest.raises(ValueError, match=message):
+        fixed_point(lambda z: pytree.tree_map(lambda leaf: 0.5 * leaf + 1, z), z0, solver=hyper)
+
+
+def test_half_of_a_complex_state_is_not_left_out() -> None:
+    zeros = torch.zeros(3, 6, dtype=torch.complex64)
+    hyper, _ = WITHOUT["vectors"]
+    with pytest.raises(TypeError, match="complex64: keep the state as real and imaginary channels"):
+        fixed_point(lambda z: 0.5 * z + 1, zeros, solver=hyper)
+    both = HyperSolver(
+        None,
+        AlphaBetaNetwork(12),
+        lambda g: torch.view_as_real(g).flatten(1),
+        nn.Linear(6, 6, bias=False, dtype=torch.complex64),
+    )
+    nn.init.eye_(both.preconditioner.weight)
+    solution = fixed_point(lambda z: 0.5j * z + 1, zeros, solver=both)
+    torch.testing.assert_close(solution.z, zeros + 1 / (1 - 0.5j), rtol=0, atol=1e-3)

@@ -40,8 +40,8 @@ class VariationalDropout(nn.Module):
     mask and keeps it when others leave the batch.
 
     Masks belong to the solve and not to the layer, so that several solves may wait for one backward
-    pass. Outside of `DEQ`, say where a mask ends with `fixed_masks`. In evaluation mode the layer
-    does nothing.
+    pass. Outside of `DEQ` and `fixed_point`, say where a mask ends with `fixed_masks`. In
+    evaluation mode the layer does nothing.
 
     Use one layer for each place in f. The first dimension of its input must be the batch. Do not
     put it into a part of f that recomputes itself in the backward pass (activation checkpointing):
@@ -110,8 +110,9 @@ class VariationalDropout(nn.Module):
 def fixed_masks() -> Iterator[None]:
     """Within this block every `VariationalDropout` layer keeps the mask that it draws first.
 
-    A `DEQ` does this by itself for its solves and their gradients. Use the block where more should
-    see the same f, such as a regulariser on f at the solution or an unrolled f::
+    A `DEQ` does this by itself for its solves and their gradients, and `fixed_point` for a solve.
+    Use the block where more should see the same f, such as a regulariser on f at the solution or an
+    unrolled f::
 
         with fixed_masks():
             z, solution = deq(x)

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from deqsolvers.buffers import Buffers
+from deqsolvers.dropout import hold_masks
 from deqsolvers.modes import physical, transforming, undifferentiated
+from deqsolvers.normalization import cached_weights
 from deqsolvers.options import Options
 from deqsolvers.precision import Autocast, warn_below_floor, widen
 from deqsolvers.progress import HostMask, Progress
@@ -69,7 +71,8 @@ def fixed_point(
 
     Each step evaluates f once, on the samples that are still undecided, and measures the residual
     of exactly the iterate that was evaluated. A sample's result does not depend on its batch mates
-    as long as f itself treats samples independently.
+    as long as f itself treats samples independently. As in a `DEQ`, a `VariationalDropout` in f
+    draws one mask, and parametrized weights are computed once.
 
     Args:
         f: called as ``f(z, *inputs)``; returns a state of the structure and shapes of ``z``.
@@ -107,8 +110,14 @@ def fixed_point(
         ConvergenceError: with ``raise_on_failure=True``.
     """
     options = Options(tol, max_steps, relative, final, stall_after, drop_converged)
-    with undifferentiated():
-        solution = iterate(f, z0, inputs, solver or Anderson(), options, trace, callback)
+    solver = solver or Anderson()
+    check_solver(solver)
+    check_inputs(inputs)
+    with undifferentiated(), cached_weights(f):
+        if z0 is None:
+            z0 = widen(solver.start(*inputs))
+        held, given = hold_masks(f, inputs, z0)
+        solution = iterate(held, z0, given, solver, options, trace, callback)
     if raise_on_failure and bool(physical(solution.failed).any()):
         raise ConvergenceError(solution)
     return solution

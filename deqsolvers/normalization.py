@@ -7,8 +7,8 @@ torch's parametrizations do the work; applied to all layers of f they are two li
 
 What torch cannot know is where a solve begins. A parametrized weight is computed anew at every
 access, and in training mode ``spectral_norm`` improves its estimate of the norm each time, so that
-f would change between the evaluations of one solve. A `DEQ` therefore computes the parametrized
-weights of its f once per solve, by `cached_weights`.
+f would change between the evaluations of one solve. A `DEQ` and `fixed_point` therefore compute
+the parametrized weights of f once per solve, by `cached_weights`.
 
 ``spectral_norm`` bounds the norm of a weight by 1, of a convolution's kernel reshaped to a matrix
 rather than of the convolution; neither alone makes f a contraction.
@@ -36,9 +36,10 @@ def cached_weights(f: Any) -> Iterator[None]:
     the block, in the caller's grad mode, so that all of f's evaluations in it, recorded or not,
     share one recorded weight.
 
-    A `DEQ` does this by itself for its solves and their gradients. Use the block where more should
-    see the same weights, such as a regulariser on f at the solution. A pass that is itself
-    differentiated (``create_graph``) evaluates f after the block and computes the weights again.
+    A `DEQ` does this by itself for its solves and their gradients, and `fixed_point` for a solve.
+    Use the block where more should see the same weights, such as a regulariser on f at the
+    solution. A pass that is itself differentiated (``create_graph``) evaluates f after the block
+    and computes the weights again.
 
     torch keeps one cache for all threads: while one thread trains f, another must not evaluate it.
 

@@ -168,6 +168,20 @@ def test_a_block_around_the_functional_interface() -> None:
     kept(solution.z, x)
 
 
+def test_the_functional_interface_holds_a_mask_while_samples_leave() -> None:
+    f, x = Damped(), normal(6, 20)
+    start = x * torch.logspace(0, 6, 6, dtype=torch.float64).unsqueeze(1)
+    options: dict[str, Any] = {"solver": Picard(), "tol": 1e-12, "max_steps": 300}
+    first = kept(fixed_point(f, start, (x,), **options).z, x)
+    with fixed_masks():
+        solution = fixed_point(f, start, (x,), **options)
+        mask = kept(solution.z, x)
+        again = fixed_point(f, start, (x,), **options)
+    assert solution.rows_evaluated < 6 * solution.calls  # samples have left the batch
+    assert bool((kept(again.z, x) == mask).all())
+    assert not bool((first == mask).all())
+
+
 def test_a_solve_inside_f_keeps_its_masks_for_the_outer_solve() -> None:
     inner = DEQ(Damped(), **EXACT)
     x = normal(4, 30)

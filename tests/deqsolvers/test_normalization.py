@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from deqsolvers import DEQ, Broyden, Implicit, Picard, cached_weights
+from deqsolvers import DEQ, Broyden, Implicit, Picard, cached_weights, fixed_point
 from deqsolvers.modules import modules_of
 from tests.problems import normal
 
@@ -92,7 +92,7 @@ def test_a_solve_computes_each_weight_once() -> None:
     f, counting, x = Layer(), Counting(), normal(3, 5)
     parametrize.register_parametrization(f.linear, "weight", counting)
     deq = DEQ(f, Picard(), **EXACT)
-    for call in (deq, deq.solve):
+    for call in (deq, deq.solve, lambda x: fixed_point(f, torch.zeros_like(x), (x,))):
         counting.calls = 0
         call(x)
         assert counting.calls == 1

@@ -140,10 +140,11 @@ class Solution:
         for status, count in sorted(Counter(statuses).items(), key=lambda item: item[0]):
             rows = [row for row, other in enumerate(statuses) if other == status]
             shown = ", ".join(map(str, rows[:8])) + (", ..." if count > 8 else "")
-            worst = max((residual[row] for row in rows), key=lambda size: (math.isnan(size), size))
+            measured = [residual[row] for row in rows if not math.isnan(residual[row])]
+            worst = f"worst residual {max(measured):.2e}" if measured else "not measured"
             lines.append(
-                f"{count} of {len(statuses)} {status.name} (samples {shown}; "
-                f"worst residual {worst:.2e}): {status.sentence}"
+                f"{count} of {len(statuses)} {status.name} (samples {shown}; {worst}): "
+                f"{status.sentence}"
             )
         return "\n".join(lines) if lines else "The batch was empty."
 

@@ -293,6 +293,12 @@ def test_describe_groups_samples_by_status() -> None:
     assert Status.NON_FINITE.sentence in lines[0], "the worst comes first"
 
 
+def test_describe_takes_an_unmeasured_residual_for_no_failure() -> None:
+    solution = fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 1), tol=0.1, final="last")
+    assert solution.residual.isnan().all()
+    assert "2 of 2 CONVERGED (samples 0, 1; not measured)" in solution.describe()
+
+
 def test_converged_and_failed_split_the_statuses() -> None:
     solution = fixed_point(
         lambda z, rate: rate * z + 1,

@@ -21,7 +21,7 @@ from deqsolvers.progress import HostMask, Progress
 from deqsolvers.solution import ConvergenceError, Solution
 from deqsolvers.solvers import Anderson, Solver
 from deqsolvers.solvers.base import check_solver
-from deqsolvers.state import Layout, check_inputs, map_rows
+from deqsolvers.state import Layout, check_inputs, map_rows, take_rows
 
 # Dropping decided samples copies the solver's memory; it pays once this share of the batch is gone.
 _DROP_SHARE = 0.2
@@ -217,7 +217,7 @@ def iterate(
                     memory.take(rows)
                     z, fz, g = z[rows], fz[rows], g[rows]
                     z_next = None if z_next is None else z_next[rows]
-                    inputs = map_rows(partial(_select, rows=rows), inputs, left)
+                    inputs = map_rows(partial(take_rows, rows=rows), inputs, left)
                     mask.reset()
                     running = None
             if step == options.max_steps:
@@ -272,7 +272,3 @@ def _changed(z: Tensor, version: int | Tensor | None) -> bool:
     if isinstance(version, Tensor):
         return not torch.equal(z, version)
     return z._version != version
-
-
-def _select(leaf: Tensor, rows: Tensor) -> Tensor:
-    return leaf[rows]

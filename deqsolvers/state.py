@@ -215,3 +215,10 @@ def map_rows(function: Callable[[Tensor], Tensor], inputs: Any, batch: int) -> A
         return function(leaf)
 
     return pytree.tree_map(one, inputs)
+
+
+def take_rows(leaf: Tensor, rows: Tensor) -> Tensor:
+    """These rows of ``leaf``, uncopied where one row stands for all (``w.expand(B, ...)``)."""
+    if leaf.layout == torch.strided and leaf.stride(0) == 0:
+        return leaf[:1].expand(len(rows), *leaf.shape[1:])
+    return leaf[rows]

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from deqsolvers.deq import DEQ
 from deqsolvers.solvers import Anderson, Picard, Solver
-from deqsolvers.state import Layout, map_rows
+from deqsolvers.state import Layout, map_rows, take_rows
 
 # A z* whose own residual is above this is no target.
 RELIABLE = 1e-2
@@ -94,7 +95,7 @@ class Teacher:
         with torch.no_grad():
             goal = layout.flatten(z)
             rows = (residual <= RELIABLE).nonzero().squeeze(1)
-            kept = map_rows(lambda leaf: leaf[rows], inputs, len(goal))
+            kept = map_rows(partial(take_rows, rows=rows), inputs, len(goal))
             return Target(kept, goal[rows], layout, len(goal) - len(rows))
 
     def _solve(self, inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:

@@ -210,3 +210,19 @@ def test_work_is_saved_where_samples_differ() -> None:
     slow = int(solution.evaluations[4])
     assert slow > 3 * int(solution.evaluations[0])
     assert solution.rows_evaluated < 0.4 * 10 * slow
+
+
+def test_what_is_one_for_all_samples_is_not_copied_for_each() -> None:
+    """An operator that all share goes in as ``w.expand(B, ...)``."""
+    (rates, x), operator = uneven(8, seed=3), torch.eye(6, dtype=torch.float64)
+    seen = set()
+
+    def f(z: Tensor, rate: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        seen.add((w.data_ptr(), w.stride(0), len(w) == len(z)))
+        return mixing(torch.bmm(z.unsqueeze(1), w).squeeze(1), rate, x)
+
+    shared = operator.expand(8, 6, 6)
+    solution = fixed_point(f, torch.zeros_like(x), (rates, x, shared), tol=1e-9, max_steps=60)
+    assert solution.rows_evaluated < 8 * solution.calls
+    assert seen == {(operator.data_ptr(), 0, True)}
+    assert_same(solution, solve((rates, x), Anderson()))

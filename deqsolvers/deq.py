@@ -113,9 +113,9 @@ class DEQ(nn.Module):
         if self.raise_on_failure and bool(physical(solution.failed).any()):
             raise ConvergenceError(solution)
 
-    def initial_state(self, *inputs: Any) -> Any:
-        """Where a solve without ``z0`` starts."""
-        started = self.solver.start(*inputs)
+    def initial_state(self, *inputs: Any, solver: Solver | None = None) -> Any:
+        """Where a solve without ``z0`` starts; ``solver`` takes the place of the layer's."""
+        started = (self.solver if solver is None else solver).start(*inputs)
         if started is not None:
             return widen(started)
         if self.z0 is not None:

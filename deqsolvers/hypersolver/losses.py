@@ -109,9 +109,7 @@ def unroll(solver: Solver, deq: DEQ, target: Target, steps: int, mode: Unroll = 
     computes it again in the backward pass, "truncate" passes no gradient from a step to the steps
     before, so f needs no backward pass.
     """
-    start = solver.start(*target.inputs)
-    if start is None:
-        start = deq.initial_state(*target.inputs)
+    start = deq.initial_state(*target.inputs, solver=solver)
     layout, goal = target.layout, target.goal
     layout.check(start, len(goal), name="z*", maker="the initializer")
     start = layout.unflatten(layout.flatten(start))  # an initializer may order a dict otherwise

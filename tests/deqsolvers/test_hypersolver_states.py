@@ -279,6 +279,14 @@ def test_without_an_initializer_it_learns_to_step() -> None:
     assert learned[3] < 0.5 * plain[3]
 
 
+def test_without_an_initializer_it_is_fitted_from_where_it_will_start() -> None:
+    """Which is not the guess of the HyperSolver that the layer has had so far."""
+    deq = DEQ(lambda z, x: 0.5 * z + x, HyperSolver.for_vectors(8))
+    hyper = HyperSolver.for_vectors(8, initializer=False)
+    history = fit_hypersolver(hyper, deq, [torch.randn(16, 8)], epochs=1, steps=2)
+    assert history[0].distances[0] == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "z0", "message"),
     [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from deqsolvers.precision import autocast_enabled
 
 
 class VectorInitializer(nn.Module):
@@ -26,6 +29,7 @@ class VectorInitializer(nn.Module):
         )
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        _check_input(x, ("B", "inputs"), -1, cast(nn.Linear, self.layers[0]).weight)
         return self.layers(x)
 
 
@@ -63,6 +67,7 @@ class SequenceInitializer(nn.Module):
         self.read = nn.Linear(width, features, bias=False)
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        _check_input(x, ("B", "T", "inputs"), 2, self.convolution.weight)
         inner = self.convolution(F.pad(x.transpose(1, 2), self.padding)).relu()
         return self.read(inner.transpose(1, 2))
 
@@ -82,6 +87,7 @@ class ImageInitializer(nn.Module):
         self.convolution = nn.Conv2d(inputs, channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        _check_input(x, ("B", "inputs", "H", "W"), 1, self.convolution.weight)
         return self.convolution(x).relu()
 
 
@@ -119,6 +125,7 @@ class DeepImageInitializer(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        _check_input(x, ("B", "inputs", "H", "W"), 1, self.down.weight)
         coarse = self.down(x)
         for block in self.blocks:
             coarse = coarse + block(coarse)
@@ -177,4 +184,28 @@ class MultiScaleInitializer(nn.Module):
         return tuple(
             scale(x if stride == 1 else F.avg_pool2d(x, stride, ceil_mode=True))
             for scale, stride in zip(self.scales, self.strides, strict=True)
+        )
+
+
+def _check_input(x: Any, shape: tuple[str, ...], place: int, weight: Tensor) -> None:
+    """ValueError or TypeError unless the layer of ``weight`` can read f's first input ``x``.
+
+    ``place`` is the dimension of its features; a negative one leaves it open how many others there
+    are.
+    """
+    inputs = weight.shape[1]
+    fits = isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2
+    fits = fits and (place < 0 or x.dim() == len(shape))
+    if not fits or x.shape[place] != inputs:
+        expected = ", ".join(str(inputs) if name == "inputs" else name for name in shape)
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"the initializer reads f's first input as real numbers ({expected}), and it is {got}: "
+            "make the HyperSolver with inputs= as many features (or channels) as that has, with "
+            "initializer=False, or with an initializer of your own"
+        )
+    if x.dtype != weight.dtype and not autocast_enabled(x.device.type):
+        raise TypeError(
+            f"the HyperSolver is of {weight.dtype} and f's first input of {x.dtype}; convert it "
+            f"with hyper.to({x.dtype})"
         )

@@ -304,6 +304,37 @@ def test_a_state_that_it_was_not_made_for(kind: str, z0: object, message: str) -
         fixed_point(lambda z: pytree.tree_map(lambda leaf: 0.5 * leaf + 1, z), z0, solver=hyper)
 
 
+@pytest.mark.parametrize(
+    ("hyper", "x", "message"),
+    [
+        (
+            HyperSolver.for_images(6),
+            torch.zeros(2, 3, 4, 4),
+            r"\(B, 6, H, W\).*\(2, 3, 4, 4\): make",
+        ),
+        (HyperSolver.for_images(6, deep=True), torch.zeros(2, 3, 4, 4), r"\(B, 6, H, W\)"),
+        (HyperSolver.for_scales([6, 2]), torch.zeros(2, 3, 4, 4), r"\(B, 6, H, W\).*inputs= as"),
+        (HyperSolver.for_sequences(6), torch.zeros(2, 5).long(), r"\(B, T, 6\).*int64 \(2, 5\)"),
+        (HyperSolver.for_vectors(6), torch.zeros(2, 5), r"real numbers \(B, 6\)"),
+        (HyperSolver.for_vectors(6), {"x": torch.zeros(2, 6)}, "and it is dict"),
+        (HyperSolver.for_vectors(6), torch.zeros(2, 6) + 0j, "real numbers.*complex64"),
+    ],
+)
+def test_an_initializer_says_what_it_reads(hyper: HyperSolver, x: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hyper.start(x)
+
+
+def test_an_initializer_of_another_precision() -> None:
+    x = torch.zeros(2, 6).double()
+    hyper = HyperSolver.for_vectors(6)
+    with pytest.raises(TypeError, match=r"float64; convert it with hyper.to\(torch.float64\)"):
+        hyper.start(x)
+    assert hyper.to(torch.float64).start(x).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert HyperSolver.for_vectors(6).start(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_half_of_a_complex_state_is_not_left_out() -> None:
     zeros = torch.zeros(3, 6, dtype=torch.complex64)
     hyper, _ = WITHOUT["vectors"]

@@ -66,6 +66,8 @@ def fit_hypersolver(
     - initializer: ``||z_0 - z*||``;
     - alpha: ``sum_k ||G_k alpha_k||``, whose weight falls linearly.
 
+    Samples whose z* is unreliable (residual above 1e-2) or zero are left out.
+
     Args:
         hyper: trained in place.
         deq: provides f; it is put into evaluation mode and left so only while fitting, and with
@@ -254,8 +256,8 @@ def _by_epoch(batches: Batches, seed: int) -> Callable[[int], _Epoch]:
 def _unreliable(skipped: int, seen: int, teacher: Teacher) -> ValueError:
     return ValueError(
         f"z* is unreliable for {skipped} of {seen} samples (residual above {RELIABLE:g} after "
-        f"{teacher.max_steps} steps of {teacher.solver!r}); a HyperSolver would learn noise. Train "
-        "the DEQ longer or with a Jacobian regulariser first"
+        f"{teacher.max_steps} steps of {teacher.solver!r}, or zero); a HyperSolver would learn "
+        "noise. Train the DEQ longer or with a Jacobian regulariser first"
     )
 
 

@@ -26,7 +26,7 @@ _IN_MEMORY = 2**30  # bytes
 
 @dataclass(frozen=True)
 class Target:
-    """What one batch can teach: the samples with a reliable z*.
+    """What one batch can teach: the samples with a reliable z* other than zero.
 
     The others leave the batch here: a weight of zero would not keep their NaN out of the gradient.
 
@@ -94,7 +94,9 @@ class Teacher:
         layout = Layout.of(z)
         with torch.no_grad():
             goal = layout.flatten(z)
-            rows = (residual <= RELIABLE).nonzero().squeeze(1)
+            # Distances are relative to ||z*||, and none is so to zero.
+            usable = goal.square().sum(1) > 0
+            rows = ((residual <= RELIABLE) & usable).nonzero().squeeze(1)
             kept = map_rows(partial(take_rows, rows=rows), inputs, len(goal))
             return Target(kept, goal[rows], layout, len(goal) - len(rows))
 

@@ -242,6 +242,17 @@ def test_counts_out_of_range(name: str) -> None:
         fit_hypersolver(small(), layer(), inputs_of(1), **options)
 
 
+def test_a_sample_whose_fixed_point_is_zero_does_not_spoil_the_fit() -> None:
+    """No distance is relative to zero: an empty measurement, say."""
+    batches = inputs_of(4)
+    batches[1][5] = 0
+    hyper = small()
+    (epoch,) = fit_hypersolver(hyper, DEQ(lambda z, x: 0.5 * z + x), batches, epochs=1, steps=2)
+    assert epoch.skipped == 1 / 128
+    assert epoch.worst[0] < 10
+    assert all(p.isfinite().all() for p in hyper.parameters())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_sample_without_a_fixed_point_does_not_spoil_the_fit(bad: float) -> None:
     """Its share of the loss is zero, and zero times NaN would be NaN."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -28,6 +29,7 @@ from deqsolvers.solvers import Solver
 from deqsolvers.solvers.base import check_count
 from deqsolvers.solvers.hyper import FittedOn, HyperSolver
 
+_NOTHING = "batches is empty: there is nothing to fit the HyperSolver on"
 _TRIAL = 64  # so many samples are enough to refuse a DEQ by
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
@@ -113,6 +115,10 @@ def fit_hypersolver(
     check_count("steps", steps)
     if not isinstance(hyper, HyperSolver):
         raise TypeError(f"hyper must be a HyperSolver, got {type(hyper).__name__}")
+    if not isinstance(deq, DEQ):
+        raise TypeError(f"deq must be a DEQ, such as DEQ(f), got a {type(deq).__name__}")
+    if isinstance(teacher_tol, bool) or not (isinstance(teacher_tol, Real) and teacher_tol >= 0):
+        raise ValueError(f"teacher_tol must be a number of at least 0, got {teacher_tol!r}")
     if mode not in UNROLLS:
         raise ValueError(f"mode must be one of {', '.join(UNROLLS)}, got {mode!r}")
     if patience is not None:
@@ -126,9 +132,13 @@ def fit_hypersolver(
         validation = list(validation)
     per_epoch = len(epoch_batches(0))
     if per_epoch == 0:
-        raise ValueError("batches is empty: there is nothing to fit the HyperSolver on")
+        raise ValueError(_NOTHING)
     total = epochs * per_epoch
     parameters = [p for p in hyper.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            "hyper is frozen: nothing in it requires gradients; hyper.requires_grad_()"
+        )
     optimizer = torch.optim.Adam(parameters, lr=lr)
     fit = FitState(hyper, optimizer, None if resume is None else Path(resume))
     fit.load(
@@ -181,6 +191,8 @@ def fit_hypersolver(
                 if on_batch is not None:
                     on_batch(update, float(losses[-1]))
                 bar.update(losses[-1])
+            if seen == 0:
+                raise ValueError(_NOTHING)
             if 2 * skipped > seen:
                 raise _unreliable(skipped, seen, teach)
             if validation is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deqsolvers.hypersolver import initializers, network, preconditioners
+from deqsolvers.solvers.hand_over import HandOver
 from deqsolvers.solvers.hyper import FittedOn, HyperSolver
 
 _KEY = "hypersolver"  # of the file's metadata
@@ -69,6 +70,9 @@ def save_hypersolver(hyper: HyperSolver, path: str | Path) -> None:
 
     The file is replaced as a whole or not at all. Needs the package safetensors.
     """
+    if not isinstance(hyper, HyperSolver):
+        hint = "; save its first" if isinstance(hyper, HandOver) else ""
+        raise TypeError(f"hyper must be a HyperSolver, got a {type(hyper).__name__}{hint}")
     save_file = _safetensors().torch.save_file
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

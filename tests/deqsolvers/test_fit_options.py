@@ -11,10 +11,12 @@ from deqsolvers import (
     DEQ,
     PUBLISHED_WEIGHTS,
     FitEpoch,
+    HandOver,
     HyperSolver,
     LossWeights,
     Picard,
     fit_hypersolver,
+    save_hypersolver,
 )
 from deqsolvers.hypersolver.losses import unroll
 from deqsolvers.hypersolver.targets import Teacher
@@ -347,15 +349,28 @@ def test_the_worst_sample_is_reported() -> None:
         ({"mode": "half"}, "mode must be one of full, checkpoint, truncate"),
         ({"patience": 1}, "patience needs validation"),
         ({"patience": 0, "validation": []}, "patience must be an integer"),
+        ({"teacher_tol": None}, "teacher_tol must be a number of at least 0, got None"),
+        ({"batches": [torch.zeros(0, SIZE)]}, "batches is empty"),
+        ({"hyper": small().requires_grad_(False)}, "hyper is frozen.*requires_grad_"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "hyper": small(),
+        "deq": DEQ(Counting()),
+        "batches": inputs_of(1),
+        **options,
+    }
     with pytest.raises(ValueError, match=message):
-        fit_hypersolver(small(), DEQ(Counting()), inputs_of(1), **options)
+        fit_hypersolver(**given)
 
 
 def test_only_a_hypersolver_can_be_fitted() -> None:
-    from deqsolvers import HandOver
-
     with pytest.raises(TypeError, match="hyper must be a HyperSolver, got HandOver"):
         fit_hypersolver(HandOver(small()), DEQ(Counting()), inputs_of(1))  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="hyper must be a HyperSolver, got a HandOver; save its first"
+    ):
+        save_hypersolver(HandOver(small()), "hyper.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"deq must be a DEQ, such as DEQ\(f\), got a Counting"):
+        fit_hypersolver(small(), Counting(), inputs_of(1))  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ class Progress:
         self.options = options
         # Else ||f(z) - z|| will do, which spares a pass over f(z).
         self._relate = seen or options.tol is not None or options.final == "best"
+        self._relate |= not options.relative
         self.batch = batch
         self.rows = torch.arange(batch, device=z.device)
         self.running = torch.ones(batch, dtype=torch.bool, device=z.device)
@@ -78,11 +79,15 @@ class Progress:
             if residual is not None:
                 return residual
         self._write_steps()
+        self._relate_best()
+        return self._measure_each(step, z, fz, g)
+
+    def _relate_best(self) -> None:
+        """Make a residual of the best ``||f(z) - z||``, where that has done so far."""
         if self._best_g is not None:  # what f returned there may have been written over
             scale = _row_norms(self.best_z + self._best_g)
             self.best_residual = self._best_size / scale.clamp_min(torch.finfo(scale.dtype).tiny)
             self._best_g = None
-        return self._measure_each(step, z, fz, g)
 
     def _measure_together(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor | None:
         """Note that all samples improved and none is done: what most steps of most solves find.
@@ -237,6 +242,12 @@ class Progress:
         self.status = torch.where(undecided, ended, self.status).to(torch.int8)
         z = self.best_z
         if last is not None:
+            overflowed = undecided & ~last.isfinite().all(dim=1)
+            if not self._may_look or bool(overflowed.any()):  # these keep what they have
+                self._relate_best()
+                ended = torch.where(overflowed, int(Status.NON_FINITE), self.status)
+                self.status = ended.to(torch.int8)
+                undecided = undecided & ~overflowed
             z = torch.where(undecided.unsqueeze(1), last, z)
             self.best_residual = torch.where(undecided, torch.nan, self.best_residual)
             self.best_step = torch.where(undecided, self.options.max_steps, self.best_step)

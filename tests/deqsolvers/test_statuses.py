@@ -299,6 +299,43 @@ def test_describe_takes_an_unmeasured_residual_for_no_failure() -> None:
     assert "2 of 2 CONVERGED (samples 0, 1; not measured)" in solution.describe()
 
 
+class Leap(Solver):
+    """Steps so far that half precision overflows where f does not."""
+
+    def init(self, z: Tensor, layout: Layout) -> Memory:
+        return Memory()
+
+    def step(self, memory: Memory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        return z + 4 * g
+
+
+@pytest.mark.parametrize("tol", [None, 1e-2])
+def test_a_last_step_that_overflows_is_not_returned(tol: float | None) -> None:
+    z0 = torch.tensor([[1.0], [2e4]]).half()
+    solution = fixed_point(lambda z: 1.9 * z, z0, solver=Leap(), tol=tol, max_steps=1, final="last")
+    other = Status.FIXED_STEPS if tol is None else Status.STEP_LIMIT
+    assert solution.statuses() == [other, Status.NON_FINITE]
+    torch.testing.assert_close(solution.z, torch.tensor([[4.6], [2e4]]).half(), rtol=1e-3, atol=0)
+    assert solution.steps.tolist() == [1, 0]
+    assert solution.residual[0].isnan()
+    assert abs(solution.residual[1] - 0.9 / 1.9) < 1e-3
+
+
+def test_the_best_residual_is_absolute_where_that_was_asked_for() -> None:
+    f = iter([torch.full((1, 1), 3.0), torch.full((1, 1), torch.nan)])
+    solution = fixed_point(
+        lambda z: next(f),
+        torch.ones(1, 1),
+        solver=Picard(),
+        tol=None,
+        max_steps=2,
+        final="last",
+        relative=False,
+    )
+    assert solution.statuses() == [Status.NON_FINITE]
+    assert solution.residual.tolist() == [2.0]
+
+
 def test_converged_and_failed_split_the_statuses() -> None:
     solution = fixed_point(
         lambda z, rate: rate * z + 1,

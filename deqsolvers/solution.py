@@ -57,9 +57,9 @@ _SENTENCES = {
         "Anderson or Broyden instead of Picard, or train f with a Jacobian regulariser."
     ),
     Status.NON_FINITE: (
-        "f returned NaN or infinity, or a step overflowed. The best finite iterate is returned. "
-        "Look for overflow in half precision, a division by zero or a logarithm in f, or inputs "
-        "that are themselves not finite."
+        "f returned NaN or infinity, or a step overflowed. The best iterate at which f was finite "
+        "is returned, or the initial state if there is none. Look for overflow in half precision, "
+        "a division by zero or a logarithm in f, or inputs or an initial state that are not finite."
     ),
 }
 

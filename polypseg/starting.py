@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,18 @@ class Start:
             f"the network starts from {found}; its last layer tells {config.classes} classes as it "
             f"told {theirs.classes}: the same pixels are polyp"
         )
+
+
+def network_of(run: Path | None) -> dict[str, Any]:
+    """The settings by which a network is that of a run to start from; none without such a run.
+
+    Raises:
+        ConfigError: the run's configuration cannot be read.
+    """
+    if run is None or not (run / "config.yaml").is_file():  # of the latter `Start.load` tells
+        return {}
+    model = load_run_config(run / "config.yaml").model
+    return {"model": {"name": model.name, "encoder": model.encoder}}
 
 
 def _with_classes(weights: Tensor, classes: int) -> Tensor:

@@ -44,7 +44,7 @@ from polypseg.network_training import train_explicit, train_implicit
 from polypseg.run_config import added_settings, differences, load_run_config
 from polypseg.runs import ResultsCsv, lock_folder, setup_log, versions
 from polypseg.seen import HELD_OUT
-from polypseg.starting import Start
+from polypseg.starting import Start, network_of
 from polypseg.testsets import PRINTED_WARNINGS, audit_test_sets, find_test_sets
 from polypseg.train_arguments import parse
 from polypseg.training_run import PHASES, Run, fields, summary_writer
@@ -192,7 +192,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     elif stored is not None and stored.exists():
         config = load_run_config(stored, arguments.set)
     else:
-        config = make_config({}, arguments.set)
+        config = make_config(network_of(arguments.start_from), arguments.set)
     if stored is not None and stored.exists():
         before = load_run_config(stored)
         changed = differences(before, config)

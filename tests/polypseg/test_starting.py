@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from polypseg.checkpoint import CheckpointError, load_weights, save_weights
 from polypseg.config import ConfigError, ModelConfig, make_config
 from polypseg.data import make_synthetic
 from polypseg.models import build_model
 from polypseg.released import RELEASED
-from polypseg.starting import Start
+from polypseg.starting import Start, network_of
 from polypseg.train import main
 
 
@@ -42,7 +43,7 @@ def test_all_weights_of_a_run_are_taken(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not RELEASED.is_dir(), reason="not a clone")
 def test_a_released_model_has_only_implicit_weights() -> None:
-    config = model_config()
+    config = make_config(network_of(RELEASED)).model
     model = build_model(config)
     assert "implicit.safetensors" in Start(run=RELEASED).load(model, config)
     theirs, _ = load_weights(RELEASED / "implicit.safetensors")
@@ -114,6 +115,19 @@ def test_a_folder_that_is_no_run_or_has_no_weights_is_refused(tmp_path: Path) ->
     (run / "explicit.safetensors").unlink()
     with pytest.raises(CheckpointError, match="train its explicit phase first"):
         Start(run=run).load(model, config)
+
+
+def test_the_network_is_that_of_the_run_unless_another_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "run", "model.name=polypdeq-res", "model.classes=3", "data.size=64")
+    command = [str(tmp_path / "new"), "--start-from", str(run), "--print-config"]
+    assert main(command) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"] == {"name": "polypdeq-res", "encoder": "b0", "classes": 1}
+    assert config["data"]["size"] == make_config().data.size
+    assert main([*command, "model.name=mdeq"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["name"] == "mdeq"
 
 
 def test_fine_tuning_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

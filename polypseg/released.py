@@ -11,7 +11,7 @@ from polypseg.checkpoint import CheckpointError
 from polypseg.data import list_images
 
 _CLONE = Path(__file__).parents[1]
-RELEASED = _CLONE / "models" / "polypdeq-add"
+RELEASED = _CLONE / "models" / "polypdeq-res"
 SAMPLES = _CLONE / "samples" / "images"
 
 

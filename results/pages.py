@@ -26,17 +26,16 @@ from polypseg.scores import SummaryRow, read_rows
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
-RUN = "polypdeq-add-256-all-zero"  # the run whose figures the README shows
-EXPLICIT = "polypdeq-add-256-all"  # whose implicit phase it took over
+RUN = "polypdeq-res-256-long"  # the run whose figures the README shows
 # By the paper's name of each system: the run and the solver that stand beside it.
 SYSTEMS = {
     "MDEQ, explicit": ("mdeq-256-all", "explicit"),
     "MDEQ, implicit": ("mdeq-256-all", "anderson"),
     "SegFormer-B0": ("segformer-b0-256-all", "explicit"),
-    "PolypDEQ-add, implicit": (RUN, "anderson"),
-    "PolypDEQ-res, implicit": ("polypdeq-res-256-all", "anderson"),
+    "PolypDEQ-add, implicit": ("polypdeq-add-256-all-zero", "anderson"),
+    "PolypDEQ-res, implicit": (RUN, "anderson"),
     "HyperPolypDEQ": (RUN, "hyper"),
-    "PolypDEQ-res, HyperSolver": ("polypdeq-res-256-all-zero", "hyper"),
+    "PolypDEQ-add, HyperSolver": ("polypdeq-add-256-all-zero", "hyper"),
 }
 NEOPOLYP_SYSTEMS = {
     "PolypDEQ-add, implicit": ("polypdeq-add-neopolyp-256", "anderson"),
@@ -67,8 +66,7 @@ def _scores(run: str) -> dict[tuple[str, str], SummaryRow]:
 def readme() -> str:
     """Accuracy and time of the run, beside the paper."""
     run = RESULTS / RUN
-    before = _scores(EXPLICIT)
-    found = {key: row for key, row in before.items() if key[1] == "explicit"} | _scores(RUN)
+    found = _scores(RUN)
     lines = [
         "| | Kvasir Dice | ClinicDB Dice | seconds an image (Kvasir) | evaluations of f "
         "| residual, median (worst) |",
@@ -78,11 +76,9 @@ def readme() -> str:
         kvasir, clinic = found["Kvasir", solver], found["CVC-ClinicDB", solver]
         residual = f"{kvasir.residual_median:.0e} ({kvasir.residual_worst:.1e})"
         residual = "" if solver == "explicit" else residual.replace("e-0", "e-")
-        # Seconds compare within a run only, and the explicit weights' are of another.
-        seconds = "" if solver == "explicit" else f"{kvasir.seconds_median:.3f}"
         lines.append(
             f"| {words} | {100 * kvasir.mDice:.1f} | {100 * clinic.mDice:.1f} "
-            f"| {seconds} | {kvasir.evaluations_mean:.3g} | {residual} |"
+            f"| {kvasir.seconds_median:.3f} | {kvasir.evaluations_mean:.3g} | {residual} |"
         )
     config = load_run_config(run / "config.yaml")
     last = {row["phase"]: row for row in read_epochs(run / "results.csv")}

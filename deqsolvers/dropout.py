@@ -151,8 +151,13 @@ def hold_masks(
     elif len(outer.rows) != batch:  # an inner solve over something else than the outer samples
         return f, inputs
 
+    scope = outer
+
     def held(z: Any, rows: Tensor, *inputs: Any) -> Any:
-        token = _scope.set(_Scope(outer.masks, outer.batch, rows))
+        nonlocal scope
+        if scope.rows is not rows:  # samples have left, or a transform passes them on
+            scope = _Scope(outer.masks, outer.batch, rows)
+        token = _scope.set(scope)
         try:
             return f(z, *inputs)
         finally:

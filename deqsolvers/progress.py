@@ -242,9 +242,10 @@ class Progress:
         self.status = torch.where(undecided, ended, self.status).to(torch.int8)
         z = self.best_z
         if last is not None:
-            overflowed = undecided & ~last.isfinite().all(dim=1)
-            if not self._may_look or bool(overflowed.any()):  # these keep what they have
+            # A sum is finite only if all terms are, and one look is all that most solves need.
+            if not self._may_look or not bool(last.sum().isfinite()):
                 self._relate_best()
+                overflowed = undecided & ~last.isfinite().all(dim=1)  # these keep what they have
                 ended = torch.where(overflowed, int(Status.NON_FINITE), self.status)
                 self.status = ended.to(torch.int8)
                 undecided = undecided & ~overflowed

@@ -133,14 +133,13 @@ def iterate(
     callback: Callable[[StepInfo], None] | None = None,
     keep_memory: bool = False,
 ) -> Solution:
-    """`fixed_point` in the caller's grad mode: with gradients on, its z is differentiable."""
-    check_solver(solver)
-    check_inputs(inputs)
-    autocast = Autocast(z0 if z0 is not None else inputs)
+    """`fixed_point` in the caller's grad mode: with gradients on, its z is differentiable.
+
+    ``z0`` is a state; solver and inputs have been checked.
+    """
     if z0 is None:
-        z0 = widen(solver.start(*inputs))
-        if z0 is None:
-            raise ValueError(f"z0 is needed: {type(solver).__name__} has no initializer")
+        raise ValueError(f"z0 is needed: {type(solver).__name__} has no initializer")
+    autocast = Autocast(z0)
     layout = Layout.of(z0, computed_in=autocast.dtype)
     # A copy, so that nothing that f does to z can reach the caller's z0.
     z = layout.flatten(z0).clone()

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from deqsolvers.modes import may_look
 from deqsolvers.solution import Solution, Status
-from deqsolvers.state import map_rows
+from deqsolvers.state import map_rows, take_rows
 
 
 def leave_out_lost(
@@ -38,7 +38,7 @@ def leave_out_lost(
     rows[lost] = (~lost).nonzero()[0]
 
     def take(leaf: Tensor) -> Tensor:
-        return leaf[rows.to(leaf.device)]
+        return take_rows(leaf, rows.to(leaf.device))
 
     def put_back(leaf: Tensor, constant: Tensor) -> Tensor:
         return torch.where(lost.reshape(-1, *[1] * (leaf.dim() - 1)), constant, leaf)

@@ -200,9 +200,7 @@ def _group(text: str) -> str:
     try:
         compile_group(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a regular expression with one group in parentheses, got {error}: {text!r}"
-        ) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

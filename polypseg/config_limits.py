@@ -49,8 +49,7 @@ def out_of_range(config: Config) -> list[str]:
         try:
             compile_group(config.data.group)
         except ValueError as error:
-            wanted = "a regular expression with one group in parentheses"
-            faults.append(f"data.group must be {wanted}, got {error}: {config.data.group!r}")
+            faults.append(f"data.{error}")
     size = config.data.size
     check(size > 0 and size % 32 == 0, "data.size", size, "a positive multiple of 32")
     scales = config.data.scales

@@ -65,12 +65,12 @@ class Confusion:
     @property
     def precision(self) -> float:
         """TP / (TP + FP)."""
-        return _ratio(self.tp, self.tp + self.fp if self.tp + self.fp else self.fn)
+        return _ratio(self.tp, self.tp + self.fp or self.fn)
 
     @property
     def recall(self) -> float:
         """TP / (TP + FN), also called sensitivity."""
-        return _ratio(self.tp, self.tp + self.fn if self.tp + self.fn else self.fp)
+        return _ratio(self.tp, self.tp + self.fn or self.fp)
 
 
 @dataclass(frozen=True)

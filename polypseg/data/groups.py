@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from polypseg.data.faults import DataError, Fault
 from polypseg.data.folders import Pair
 
+_WANTED = "group must be a regular expression with one group in parentheses"
+
 
 def compile_group(pattern: str) -> re.Pattern[str]:
     """Compile a regular expression that finds the name of a group.
@@ -18,9 +20,10 @@ def compile_group(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"no regular expression ({error})") from None
+        raise ValueError(f"{_WANTED}, got no regular expression ({error}): {pattern!r}") from None
     if compiled.groups != 1:
-        raise ValueError(f"one with {compiled.groups} groups in parentheses")
+        count = compiled.groups
+        raise ValueError(f"{_WANTED}, got one with {count} groups in parentheses: {pattern!r}")
     return compiled
 
 

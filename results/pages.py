@@ -57,6 +57,12 @@ SOLVERS = {
 }
 
 
+def _read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _scores(run: str) -> dict[tuple[str, str], SummaryRow]:
     """What an evaluation found by protocol default, by data set and solver."""
     rows = read_rows(RESULTS / run / "evaluation" / "summary.csv", SummaryRow)
@@ -95,8 +101,7 @@ def readme() -> str:
     published = [paper[data][0] for data in ("Kvasir", "CVC-ClinicDB")]
     own = [100 * found[data, "hyper"].mDice for data in ("Kvasir", "CVC-ClinicDB")]
     change = [f"{a - b:+.1f}".replace("-", "−") for a, b in zip(own, published, strict=True)]
-    with (RESULTS / "hypersolver" / RUN / "timing.csv").open(newline="") as file:
-        timed = {row["solver"]: row for row in csv.DictReader(file)}
+    timed = {row["solver"]: row for row in _read(RESULTS / "hypersolver" / RUN / "timing.csv")}
     passes, faster = (
         [timed[f"HyperSolver, {count} evaluations"][f"{key}, batch 1"] for count in (2, 3)]
         for key in ("times an explicit pass", "faster than Broyden-100")
@@ -156,11 +161,9 @@ def hypersolver() -> str:
     head = [f"{solver} {count}" for solver, each in counts.items() for count in each]
     lines = [f"| model | spectral radius | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
     for path in sorted(RESULTS.glob("hypersolver/*/curves.csv")):
-        with path.open(newline="") as file:
-            distance = {
-                (row["solver"], int(row["evaluations"])): float(row["distance"])
-                for row in csv.DictReader(file)
-            }
+        distance = {
+            (row["solver"], int(row["evaluations"])): float(row["distance"]) for row in _read(path)
+        }
         radius = json.loads(path.with_suffix(".json").read_text())["spectral_radius"]["mean"]
         cells = [f"{distance[s, n]:.3f}" for s, each in counts.items() for n in each]
         lines.append(f"| `{path.parent.name}` | {radius:.2f} | {' | '.join(cells)} |")
@@ -174,13 +177,12 @@ def starts() -> str:
         "|---|---|---|---|",
     ]
     for name, solver, folder in STARTS:
-        with (RESULTS / "hypersolver" / folder / "stopping.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                count = float(row["evaluations"])
-                if row["solver"] == solver and not row["tolerance"] and count in (2, 3):
-                    distance = f"{float(row['distance to z*']):.3f} ({float(row['worst']):.2f})"
-                    lost = f"{float(row['Dice points lost']):.2f} ({float(row['worst loss']):.1f})"
-                    lines.append(f"| {name} | {count:.0f} | {distance} | {lost} |")
+        for row in _read(RESULTS / "hypersolver" / folder / "stopping.csv"):
+            count = float(row["evaluations"])
+            if row["solver"] == solver and not row["tolerance"] and count in (2, 3):
+                distance = f"{float(row['distance to z*']):.3f} ({float(row['worst']):.2f})"
+                lost = f"{float(row['Dice points lost']):.2f} ({float(row['worst loss']):.1f})"
+                lines.append(f"| {name} | {count:.0f} | {distance} | {lost} |")
     return "\n".join(lines)
 
 
@@ -206,11 +208,9 @@ def speed() -> str:
     """What a step costs beyond f, beside torchdeq."""
     head = [f"{method}: {each}" for method in TIMED for each in ("ours", "torchdeq", "ratio")]
     lines = [f"| batch x features | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    with OVERHEAD.open(newline="") as file:
-        found = {
-            (row["method"], int(row["batch"]), int(row["features"])): row
-            for row in csv.DictReader(file)
-        }
+    found = {
+        (row["method"], int(row["batch"]), int(row["features"])): row for row in _read(OVERHEAD)
+    }
     for batch, features in sorted({key[1:] for key in found}, key=math.prod):
         cells = []
         for method in TIMED:

@@ -18,7 +18,7 @@ from polypseg.data.audit import Inspection, inspect_pairs
 from polypseg.data.duplicates import Duplicate, find_duplicates
 from polypseg.data.groups import compile_group
 from polypseg.data.splits import scan_test_folders
-from polypseg.data.whole import inverted_faults, split_faults
+from polypseg.data.whole import mask_faults, split_faults
 
 TRAIN = "TrainDataset"
 TEST = "TestDataset"
@@ -103,7 +103,7 @@ def check_folders(
             inspections[name] = inspect_pairs(found_pairs, advance, classes=classes)
     faults += [fault for found in inspections.values() for one in found for fault in one.faults]
     for name, inspected in inspections.items():
-        faults += inverted_faults(folders[name], inspected)
+        faults += mask_faults(folders[name], inspected)
     duplicates = find_duplicates(
         {name: [one.fingerprint for one in group] for name, group in inspections.items()}
     )

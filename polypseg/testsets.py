@@ -19,7 +19,8 @@ NOTES = {
     "the validation images do not train); 16 are near-identical to one. Figures on it are "
     "optimistic.",
     "NeoPolyp-Small": "The masks of the competition's test images are not public: figures are "
-    "those of 200 of its 1000 training images, held out by a committed list.",
+    "those of 200 of its 1000 training images, held out by a committed list. For a network of one "
+    "class a polyp of either kind is a polyp.",
 }
 
 

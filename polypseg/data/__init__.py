@@ -1,6 +1,6 @@
 """Polyp images on disk and in memory: folders, splits, audit, data set, synthetic images."""
 
-from polypseg.data.audit import audit_folder, audit_pairs
+from polypseg.data.audit import audit_pairs
 from polypseg.data.classes import CLASS_COLOURS, CLASS_NAMES
 from polypseg.data.dataset import PolypDataset, batches
 from polypseg.data.faults import DataError, Fault
@@ -16,6 +16,7 @@ from polypseg.data.splits import (
 )
 from polypseg.data.synthetic import make_synthetic
 from polypseg.data.tensors import normalize, resize_image, resize_mask, to_tensor
+from polypseg.data.whole import audit_folder
 
 __all__ = [
     "CLASS_COLOURS",

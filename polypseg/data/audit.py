@@ -7,21 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from polypseg.data.duplicates import Fingerprint, fingerprint
 from polypseg.data.faults import DataError, Fault
-from polypseg.data.folders import Pair, scan_pairs
+from polypseg.data.folders import Pair
 from polypseg.data.reading import (
     NOISE,
     binarize,
-    read_grey_mask,
     read_image,
     read_mask,
+    read_one_class,
     size_fault,
 )
+
+T = TypeVar("T")
 
 AUDIT_THREADS = 4
 GREY_FRACTION = 0.05
@@ -36,6 +39,7 @@ class Inspection:
         faults: all that is wrong with the pair.
         size: (height, width) of the image; None where it cannot be read.
         polyp_share: of the mask's pixels, 0 to 1; None where the mask cannot be read.
+        painted: whether one class is read from a mask that is painted as of three.
         fingerprint: of the image, for `find_duplicates`; None where it cannot be read.
     """
 
@@ -43,13 +47,8 @@ class Inspection:
     faults: list[Fault]
     size: tuple[int, int] | None = None
     polyp_share: float | None = None
+    painted: bool = False
     fingerprint: Fingerprint | None = None
-
-
-def audit_folder(root: Path, classes: int = 1) -> list[Fault]:
-    """All that is wrong with a folder: what cannot be paired, and `audit_pairs` of the rest."""
-    pairs, faults = scan_pairs(root)
-    return [*faults, *audit_pairs(pairs, classes=classes)]
 
 
 def audit_pairs(
@@ -67,8 +66,8 @@ def audit_pairs(
 
     Returns:
         In the order of the pairs. Severity "error": a file that cannot be decoded, a mask of
-        another size than its image, a mask that is grey or coloured instead of black and white, be
-        it on a region alone.
+        another size than its image, a mask that is grey or of other colours instead of black and
+        white, be it on a region alone.
         Severity "warning": an empty or a full mask, an EXIF orientation on one file of a pair that
         the other lacks.
     """
@@ -104,8 +103,10 @@ def inspect_pairs(
 def _inspect(pair: Pair, fingerprints: bool, classes: int) -> Inspection:
     faults: list[Fault] = []
     image = _read(read_image, pair.image, faults)
+    painted = False
     if classes == 1:
-        stored = _read(read_grey_mask, pair.mask, faults)
+        read = _read(read_one_class, pair.mask, faults)
+        stored, painted = (None, False) if read is None else read
     else:
         stored = _read(partial(read_mask, classes=classes), pair.mask, faults)
     polyp = stored if stored is None or classes > 1 else binarize(stored)
@@ -124,11 +125,12 @@ def _inspect(pair: Pair, fingerprints: bool, classes: int) -> Inspection:
         faults,
         size=None if image is None else (image.shape[0], image.shape[1]),
         polyp_share=None if polyp is None else float((polyp > 0).mean()),
+        painted=painted,
         fingerprint=fingerprint(image) if fingerprints and image is not None else None,
     )
 
 
-def _read(read: Callable[[Path], np.ndarray], path: Path, faults: list[Fault]) -> np.ndarray | None:
+def _read(read: Callable[[Path], T], path: Path, faults: list[Fault]) -> T | None:
     try:
         return read(path)
     except DataError as error:

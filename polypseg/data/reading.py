@@ -52,7 +52,8 @@ def read_mask(path: Path | str, classes: int = 1) -> np.ndarray:
 
     With one class, a 1-bit mask is taken as it is, a mask whose largest value is 1 counts anything
     above 0 as polyp, any other is cut at 128 of 255. A 16-bit mask is scaled as `read_image` does;
-    if it holds one value above 255 and else only 0, that value is polyp. With three classes, see
+    if it holds one value above 255 and else only 0, that value is polyp. Of a mask painted black,
+    red and green, as for three classes, either colour is polyp. With three classes, see
     `class_numbers`. The mask's own EXIF orientation is applied, by the same rule as for images.
 
     Args:
@@ -69,18 +70,25 @@ def read_mask(path: Path | str, classes: int = 1) -> np.ndarray:
             neither a white pixel nor 1 for its largest value, though it is not all 0.
     """
     if classes == 1:
-        return binarize(read_grey_mask(path))
+        return binarize(read_one_class(path)[0])
     path = Path(path)
     return class_numbers(_to_eight_bits(_decode(path)), path)
 
 
-def read_grey_mask(path: Path | str) -> np.ndarray:
-    """Read a mask as the grey values it is stored with, (H, W) uint8; errors as `read_mask`."""
+def read_one_class(path: Path | str) -> tuple[np.ndarray, bool]:
+    """Read a mask of one class as it is stored; errors as `read_mask`.
+
+    Returns:
+        Grey values (H, W) uint8, and whether these are the red and green of three classes, made
+        white.
+    """
     path = Path(path)
     picture = _decode(path)
-    grey = _grey(picture, path)
+    if _is_coloured(picture):
+        return _any_class(picture, path), True
+    grey = _grey(picture)
     if picture.mode == "1":
-        return grey
+        return grey, False
     stored = np.asarray(picture) if picture.mode.startswith("I") else grey
     # Any of these would be cut away as black. JPEG puts such values into an empty mask.
     if 1 < grey.max(initial=0) < 128 and not _is_lossy(path):
@@ -89,7 +97,7 @@ def read_grey_mask(path: Path | str) -> np.ndarray:
     if between.any():
         painted = f"{between.mean():.2%} of it is painted with"
         raise DataError([_value_fault(path, painted, stored[between])])
-    return grey
+    return grey, False
 
 
 def _regions_between(grey: np.ndarray, path: Path) -> np.ndarray:
@@ -111,7 +119,25 @@ def _value_fault(path: Path, holds: str, values: np.ndarray) -> Fault:
     )
 
 
-def _grey(picture: Image.Image, path: Path) -> np.ndarray:
+def _is_coloured(picture: Image.Image) -> bool:
+    if picture.mode.startswith("I") or picture.mode in ("1", "L", "LA"):
+        return False
+    rgb = np.array(picture.convert("RGB")).astype(np.int16)
+    spread = rgb.max(axis=2) - rgb.min(axis=2)
+    return bool((spread > COLOUR_DIFFERENCE).mean() > COLOUR_FRACTION)
+
+
+def _any_class(picture: Image.Image, path: Path) -> np.ndarray:
+    """White (255) where a picture is red or green, whatever numbers its palette gives them."""
+    try:
+        numbers = class_numbers(picture.convert("RGB"), path)
+    except DataError as error:
+        remedy = "paint polyps white on black, or red and green as for three classes"
+        raise DataError([Fault(path, error.faults[0].problem, remedy)]) from error
+    return np.where(numbers > 0, 255, 0).astype(np.uint8)
+
+
+def _grey(picture: Image.Image) -> np.ndarray:
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         white = int(values.max(initial=0))
@@ -119,22 +145,6 @@ def _grey(picture: Image.Image, path: Path) -> np.ndarray:
             # Whatever the depth of such a mask is taken for, its one value is white.
             return np.where(values == white, 255, 0).astype(np.uint8)
         picture = _to_eight_bits(picture)
-    if picture.mode in ("1", "L", "LA"):
-        return np.array(picture.convert("L"))
-    # Red or green would fall under the grey threshold and be lost in silence.
-    rgb = np.array(picture.convert("RGB")).astype(np.int16)
-    spread = rgb.max(axis=2) - rgb.min(axis=2)
-    if (spread > COLOUR_DIFFERENCE).mean() > COLOUR_FRACTION:
-        raise DataError(
-            [
-                Fault(
-                    path,
-                    "mask is painted in colours",
-                    "a polyp mask is black and white, one class; for black, red and green masks "
-                    "set model.classes=3",
-                )
-            ]
-        )
     return np.array(picture.convert("L"))
 
 

@@ -8,16 +8,39 @@ from pathlib import Path
 
 import numpy as np
 
-from polypseg.data.audit import Inspection
+from polypseg.data.audit import Inspection, inspect_pairs
 from polypseg.data.duplicates import Duplicate
 from polypseg.data.faults import DataError, Fault
+from polypseg.data.folders import scan_pairs
 from polypseg.data.splits import committed_split, part_pairs
 
 LARGEST_MEDIAN_SHARE = 0.5  # of polyp; the field's sets have 4 to 15 %
 SPLIT_SEED = 0  # the default of polypseg-train
 
 
-def inverted_faults(folder: Path, group: Sequence[Inspection]) -> list[Fault]:
+def audit_folder(root: Path, classes: int = 1) -> list[Fault]:
+    """All that is wrong with a folder, its pairing and, as `audit_pairs` says, its pairs."""
+    pairs, faults = scan_pairs(root)
+    inspected = inspect_pairs(pairs, duplicates=False, classes=classes)
+    faults += [fault for one in inspected for fault in one.faults]
+    return [*mask_faults(root, inspected), *faults]
+
+
+def mask_faults(folder: Path, group: Sequence[Inspection]) -> list[Fault]:
+    """The warnings of a folder whose masks may mean something else than they are read as."""
+    return [*_inverted_faults(folder, group), *_painted_faults(folder, group)]
+
+
+def _painted_faults(folder: Path, group: Sequence[Inspection]) -> list[Fault]:
+    painted = sum(one.painted for one in group)
+    if not painted:
+        return []
+    problem = f"{painted} of {len(group)} masks are red or green, and read as polyp or none"
+    remedy = "to tell neoplastic polyps (red) from others (green) set model.classes=3"
+    return [Fault(folder, problem, remedy, "warning")]
+
+
+def _inverted_faults(folder: Path, group: Sequence[Inspection]) -> list[Fault]:
     """The warning of a folder in most masks of which most is polyp."""
     shares = [one.polyp_share for one in group if one.polyp_share is not None]
     share = float(np.median(shares)) if shares else 0.0

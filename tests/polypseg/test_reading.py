@@ -215,10 +215,12 @@ def test_coloured_mask_is_refused_but_jpeg_noise_is_not(tmp_path: Path) -> None:
     white = (truth[..., None] * np.full(3, 255)).astype(np.uint8)
     Image.fromarray(white).save(tmp_path / "white.jpg", quality=75)
     assert (read_mask(tmp_path / "white.jpg") == truth).mean() > 0.99
-    red = white * np.array([1, 0, 0], np.uint8)
-    Image.fromarray(red).save(tmp_path / "red.png")
-    with pytest.raises(DataError, match=r"red\.png.*colours"):
-        read_mask(tmp_path / "red.png")
+    blue = white * np.array([0, 0, 1], np.uint8)
+    Image.fromarray(blue).save(tmp_path / "blue.png")
+    with pytest.raises(
+        DataError, match=r"blue\.png.*\(0, 0, 255\).*white on black, or red and green"
+    ):
+        read_mask(tmp_path / "blue.png")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])

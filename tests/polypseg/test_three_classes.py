@@ -1,6 +1,7 @@
 """NeoPolyp's classes through evaluation, prediction and the check."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,34 @@ def test_predicted_masks_have_the_classes_colours(run, folder, tmp_path):
 def test_the_check_reads_coloured_masks_when_told_to(folder, capsys):
     assert cli.check([str(folder), "--classes", "3"]) == 0
     capsys.readouterr()
-    assert cli.check([str(folder)]) == 1
-    assert capsys.readouterr().out.count("painted in colours") == 3
+    assert cli.check([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 3 masks are red or green, and read as polyp or none" in out
+    assert "0 errors, 1 warning" in out
+
+
+def test_a_network_of_one_class_is_scored_on_polyps_of_either(folder, tmp_path):
+    binary, run = tmp_path / "Neo", tmp_path / "run"
+    shutil.copytree(folder / "images", binary / "images")
+    (binary / "masks").mkdir()
+    for path in (folder / "masks").iterdir():
+        polyp = np.asarray(Image.open(path)).max(axis=2)
+        Image.fromarray(polyp).save(binary / "masks" / path.name)
+    run.mkdir()
+    config = make_config(overrides=["data.size=64"])
+    (run / "config.yaml").write_text(config.to_yaml())
+    (run / "versions.json").write_text("{}")
+    save_weights(run / "explicit.safetensors", build_model(config.model).state_dict(), {})
+    rows = []
+    for number, data in enumerate((folder, binary)):
+        out = tmp_path / str(number)
+        assert cli.evaluate([str(run), "--data", str(data), "--out", str(out)]) == 0
+        with open(out / "Neo-explicit.csv", newline="") as file:
+            rows.append(
+                [[row[name] for name in ("tp", "fp", "fn")] for row in csv.DictReader(file)]
+            )
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 3
 
 
 def test_of_neopolyp_only_the_held_out_images_are_tested(real_data):

@@ -201,7 +201,10 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # such as a regular expression, [a-z]+(\d+)
     if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
         try:
             return float(value)

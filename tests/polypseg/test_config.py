@@ -90,9 +90,15 @@ def test_all_faults_are_named_at_once() -> None:
         assert fragment in message
 
 
+@pytest.mark.parametrize("pattern", [r"[a-z]+(\d+)", r"[^_]+_(\d)", "%(a)", "@(a)"])
+def test_a_pattern_that_is_no_yaml_is_taken_as_it_stands(pattern: str) -> None:
+    assert make_config(overrides=[f"data.group={pattern}"]).data.group == pattern
+
+
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
+        ("data.scales=[1.0", "data.scales must be a list of numbers, got '[1.0'"),
         ("data.size=100", "data.size must be a positive multiple of 32, got 100"),
         (
             "model.name=unet",

@@ -16,6 +16,7 @@ from polypseg.checkpoint import write_atomic
 from polypseg.data import Fault, scan_pairs
 from polypseg.data.audit import Inspection, inspect_pairs
 from polypseg.data.duplicates import Duplicate, find_duplicates
+from polypseg.data.folders import left_out_faults
 from polypseg.data.groups import compile_group
 from polypseg.data.splits import scan_test_folders
 from polypseg.data.whole import mask_faults, split_faults
@@ -69,9 +70,10 @@ def check_folders(
 
     Returns:
         Errors are files that cannot be paired, decoded or used (see `audit_pairs`) and images that
-        occur with the same pixels both in a training and in a test folder. Warnings are empty and
-        full masks, masks that look inverted, other duplicates, near-duplicates, and a random
-        split that parts these. A folder whose name another root has used goes by its path.
+        occur with the same pixels both in a training and in a test folder. Warnings are files that
+        are left out, empty and full masks, masks that look inverted, other duplicates,
+        near-duplicates, and a random split that parts these. A folder whose name another root has
+        used goes by its path.
 
     Raises:
         ValueError: as `compile_group`.
@@ -89,7 +91,7 @@ def check_folders(
     pairs = {}
     for name, folder in folders.items():
         pairs[name], unpaired = scan_pairs(folder)
-        faults.extend(unpaired)
+        faults += [*unpaired, *left_out_faults(folder)]
     total = sum(map(len, pairs.values()))
     inspections = {}
     with tqdm(

@@ -16,6 +16,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".
 IMAGE_FOLDERS = ("images", "image")
 MASK_FOLDERS = ("masks", "mask")
 NAMED_FOLDERS = 5
+NAMED_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,32 @@ def scan_pairs(root: Path) -> tuple[list[Pair], list[Fault]]:
         )
     paired = sorted(images.keys() & masks.keys(), key=natural_key)
     return [Pair(stem, images[stem][0], masks[stem][0]) for stem in paired], faults
+
+
+def left_out_faults(root: Path) -> list[Fault]:
+    """Warnings of what lies among the images and masks of a folder and is not taken for either.
+
+    An image of an unknown type whose mask is of one too would be missing without a word.
+    """
+    try:
+        folders = pair_folders(root)
+    except DataError:
+        return []  # `scan_pairs` tells what is wrong
+    faults = []
+    for folder in folders:
+        found = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+        taken = {file.name for file in _image_files(folder)}
+        left = sorted(
+            (name for name in found if name not in taken and not (folder / name).is_dir()),
+            key=natural_key,
+        )
+        if left:
+            names = ", ".join(left[:NAMED_FILES]) + (", ..." if len(left) > NAMED_FILES else "")
+            problem = f"{len(left)} files are left out, as no image by name or links to nothing"
+            known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+            remedy = f"make sure that none is an image or a mask; known types: {known}"
+            faults.append(Fault(folder, f"{problem} ({names})", remedy, "warning"))
+    return faults
 
 
 def pair_folders(root: Path) -> tuple[Path, Path]:

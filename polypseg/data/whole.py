@@ -11,7 +11,7 @@ import numpy as np
 from polypseg.data.audit import Inspection, inspect_pairs
 from polypseg.data.duplicates import Duplicate
 from polypseg.data.faults import DataError, Fault
-from polypseg.data.folders import scan_pairs
+from polypseg.data.folders import left_out_faults, scan_pairs
 from polypseg.data.splits import committed_split, part_pairs
 
 LARGEST_MEDIAN_SHARE = 0.5  # of polyp; the field's sets have 4 to 15 %
@@ -22,7 +22,7 @@ def audit_folder(root: Path, classes: int = 1) -> list[Fault]:
     """All that is wrong with a folder, its pairing and, as `audit_pairs` says, its pairs."""
     pairs, faults = scan_pairs(root)
     inspected = inspect_pairs(pairs, duplicates=False, classes=classes)
-    faults += [fault for one in inspected for fault in one.faults]
+    faults += [*left_out_faults(root), *(fault for one in inspected for fault in one.faults)]
     return [*mask_faults(root, inspected), *faults]
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 from polypseg import cli
 from polypseg.check import check_folders
-from polypseg.data import make_synthetic, read_image
+from polypseg.data import audit_folder, make_synthetic, read_image
 from polypseg.data.duplicates import find_duplicates, fingerprint
 from polypseg.data.splits import CLINIC_SEQUENCE_ENDS, split_for
 
@@ -82,6 +82,19 @@ def test_a_test_folder_that_cannot_be_used_hides_no_other(data):
         (test / "Late", "holds no `masks` or `mask` folder"),
         (train / "images" / f"{first.stem}.jpg", "image without mask"),
     ]
+
+
+def test_pairs_of_unknown_types_are_a_warning_and_no_silence(data, capsys):
+    folder = data / "TrainDataset"
+    shutil.copy(next((folder / "images").iterdir()), folder / "images" / "late.jp2")
+    shutil.copy(next((folder / "masks").iterdir()), folder / "masks" / "late.gif")
+    assert cli.check([str(data)]) == 0
+    text = capsys.readouterr().out
+    assert f"warning: {folder / 'images'}: 1 files are left out" in text
+    assert "(late.gif)" in text
+    assert text.endswith("0 errors, 2 warnings\n")
+    problems = [fault.problem for fault in audit_folder(folder)]  # what a training logs
+    assert [problem[-10:] for problem in problems] == ["(late.jp2)", "(late.gif)"]
 
 
 def test_inverted_masks_are_a_warning_of_their_folder(data, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from polypseg.data.faults import MAX_PRINTED_FAULTS, DataError, Fault
-from polypseg.data.folders import find_pairs, list_images
+from polypseg.data.folders import find_pairs, left_out_faults, list_images
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -38,6 +38,21 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "images" / "folder.jpg").mkdir()
     touch(tmp_path / "masks", "a.png", ".DS_Store")
     assert [pair.stem for pair in find_pairs(tmp_path)] == ["a"]
+
+
+def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
+    touch(tmp_path / "images", "a.jpg", "b.jp2", "notes.txt", ".hidden")
+    touch(tmp_path / "masks", "a.png", "b.gif")
+    (tmp_path / "images" / "folder").mkdir()
+    (tmp_path / "masks" / "c.png").symlink_to(tmp_path / "unmounted.png")
+    images, masks = left_out_faults(tmp_path)
+    assert images.path == tmp_path / "images"
+    assert images.problem.endswith("nothing (b.jp2, notes.txt)")
+    assert masks.problem == (
+        "2 files are left out, as no image by name or links to nothing (b.gif, c.png)"
+    )
+    assert {images.severity, masks.severity} == {"warning"}
+    assert left_out_faults(tmp_path / "nowhere") == []
 
 
 def test_all_faults_are_told_together(tmp_path: Path) -> None:

@@ -6,16 +6,17 @@ from polypseg.data.splits import NEOPOLYP_VALIDATION_LIST, VALIDATION_LIST, read
 from polypseg.lineage import Lineage, Origin
 
 
-def described(lineage: Lineage, seed: int) -> list[str]:
+def described(lineage: Lineage, seed: int, group: str) -> list[str]:
     """How many images trained and validated, how they were parted, and what the weights were first.
 
     Args:
         lineage: of the run.
         seed: of the run, which parts all images but those with a committed list.
+        group: of the run, the pattern by which whole groups were held out.
     """
     return [
         f"{len(lineage.training)} training and {len(lineage.validation)} validation images"
-        f"{trained_too(lineage)}; parted {_rule(lineage, seed)}.",
+        f"{trained_too(lineage)}; parted {_rule(lineage, seed, group)}.",
         f"Started from {_start(lineage.start)}.",
     ]
 
@@ -26,7 +27,9 @@ def trained_too(lineage: Lineage) -> str:
     return f", {both} of which trained too" if both else ""
 
 
-def _rule(lineage: Lineage, seed: int) -> str:
+def _rule(lineage: Lineage, seed: int, group: str) -> str:
+    if group:  # goes before any list
+        return f"at random by group {group}, by the seed {seed}"
     for name in (VALIDATION_LIST, NEOPOLYP_VALIDATION_LIST):
         if lineage.validation.keys() == set(read_list(name)):
             return f"by the committed list {name}"

@@ -193,7 +193,8 @@ def _data(run: Path) -> str:
     lineage = read_lineage(run)
     if lineage is None:
         return f"<p>The run has no {RECORD}: what it was trained on is not recorded.</p>"
-    return _paragraphs(described(lineage, load_run_config(run / "config.yaml").seed))
+    config = load_run_config(run / "config.yaml")
+    return _paragraphs(described(lineage, config.seed, config.data.group))
 
 
 def _training(run: Path) -> str:

@@ -136,6 +136,10 @@ def test_the_page_says_what_the_run_was_trained_on(copy_run):
         "parent, which trained on 4 images and started from the pretrained encoder "
         "mit &lt;b0&gt;.safetensors (SHA-256 ab12), the rest from random weights.</p>"
     ) in write_report(run).read_text()
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("group: ''", "group: ^(\\w)"))
+    assert "parted at random by group ^(\\w), by the seed 0.</p>" in write_report(run).read_text()
+    config.write_text(config.read_text().replace("group: ^(\\w)", "group: ''"))
     published = {stem: ["", ""] for stem in published_validation_stems()}
     write_lineage(run, Lineage(None, seen, published))
     assert (

@@ -52,7 +52,8 @@ def load_evaluated(source: str) -> Evaluated:
     is the last one of the evaluation, which is the one to predict with.
 
     Raises:
-        ValueError: there is no evaluation, or it lacks the solver.
+        ValueError: there is no evaluation, or it lacks the solver or, as that of a released model,
+            the rows.
     """
     text, colon, solver = source.rpartition(":")
     if not colon or Path(source).exists():
@@ -72,7 +73,15 @@ def load_evaluated(source: str) -> Evaluated:
         raise ValueError(
             f"{folder}: solver {solver!r} was not evaluated; known: {', '.join(known)}"
         )
-    rows = {name: read_rows(folder / f"{name}-{solver}.csv", ImageRow) for name in record["data"]}
+    try:
+        rows = {
+            name: read_rows(folder / f"{name}-{solver}.csv", ImageRow) for name in record["data"]
+        }
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error.filename}: missing; a released model comes without its scores per image. "
+            "Score it again with polypseg-evaluate --out FOLDER, and give that folder"
+        ) from error
     # What an older version noted of a set may say less than is known today.
     notes = [NOTES[name] for name in rows if name in NOTES] + record["notes"]
     notes += interval_notes({name: len({row.stem for row in own}) for name, own in rows.items()})

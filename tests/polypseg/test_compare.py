@@ -106,12 +106,15 @@ def test_what_cannot_be_compared_is_said(evaluated, tiny_run, synthetic_data, tm
     cells = lines[1].split(",")
     cells[3] = str(int(cells[3]) + 1)
     path.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]))
+    released = Path(shutil.copytree(evaluated, tmp_path / "released"))
+    (released / "Synthetic-hyper.csv").unlink()
     elsewhere = tmp_path / "elsewhere"
     sets = {"Other": find_test_sets([synthetic_data])["Synthetic"]}
     evaluate_run(tiny_run, sets, ["explicit"], elsewhere, limit=1)
     for arguments, message in (
         ([folder, f"{folder}:newton"], "solver 'newton' was not evaluated; known: explicit, hyper"),
         ([folder, str(tmp_path)], "holds no evaluation; make one with polypseg-evaluate"),
+        ([folder, str(released)], "a released model comes without its scores per image. Score it"),
         ([folder, str(other)], "the two evaluations differ in 4 images"),
         (
             [f"{folder}:explicit", f"{changed}:explicit"],

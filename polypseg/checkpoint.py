@@ -24,6 +24,7 @@ from torch import Tensor, nn
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
 
+_NAMED = 40  # characters of a file's name, its last ones, that its temporary file bears
 _LISTED = 10  # how many keys of each kind an error message names
 
 
@@ -46,8 +47,9 @@ def write_atomic(path: Path, data: bytes, *, keep_as: Path | None = None) -> Non
         OSError: the file cannot be written for another reason.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The random part keeps two writers of one path out of each other's temporary file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # The random part keeps two writers of one path out of each other's temporary file. A name may
+    # already be as long as the system takes, so that not all of it has room here.
+    temporary = path.with_name(f".{path.name[-_NAMED:]}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)

@@ -39,6 +39,12 @@ def test_atomic_write_creates_the_folder_and_replaces_the_file(tmp_path):
     assert files(path.parent) == ["file.bin"]
 
 
+@pytest.mark.parametrize("name", ["x" * 251 + ".png", "息" * 83 + ".png"])
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path, name):
+    write_atomic(tmp_path / name, b"mask")
+    assert files(tmp_path) == [name]
+
+
 def test_atomic_write_respects_the_umask(tmp_path):
     before = os.umask(0o027)
     try:

@@ -122,8 +122,9 @@ def _place(made: Path, out: Path, evaluation: Evaluation, card: str) -> None:
         (out / RECORD).unlink(missing_ok=True)  # of an earlier release
     write_evaluation(replace(evaluation, settings={**evaluation.settings, "run": str(out)}))
     # The rows per image are the run's to keep; the card has what users of the weights need.
-    for table in evaluation.out.glob("*-*.csv"):
-        table.unlink()
+    for name, by_solver in evaluation.rows.items():
+        for solver in by_solver:
+            (evaluation.out / f"{name}-{solver}.csv").unlink()
     write_atomic(out / CARD, card.encode())
 
 

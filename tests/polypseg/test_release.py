@@ -131,6 +131,8 @@ def test_a_record_is_told_and_goes_with_the_release(
         assert told in card
     assert "Kvasir" not in card
     assert read_lineage(out) == read_lineage(run)
+    own = out / "evaluation" / "reader-study.csv"
+    own.write_text("by hand")
 
     standard = Lineage(None, train, val)
     tuned = Lineage(Origin("explicit.safetensors", "cd34", "first", standard), {}, {})
@@ -141,6 +143,9 @@ def test_a_record_is_told_and_goes_with_the_release(
         assert "Start: random weights" in card
         assert "NVIDIA" not in card
         assert "Kvasir-SEG is also part of" in card  # by the stems of the field's training set
+    assert {path.name for path in own.parent.iterdir()} == {
+        "summary.csv", "summary.json", own.name
+    }  # fmt: skip
 
     write_lineage(run, Lineage(Origin("explicit.safetensors", "cd34", "first"), train, val))
     with pytest.raises(SystemExit):  # nobody knows what the first run started from

@@ -201,6 +201,15 @@ def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
         yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
+def _frame_count(path: Path) -> int:
+    """How many frames a video says it has; 0 where it cannot be opened."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    finally:
+        capture.release()
+
+
 @contextmanager
 def _writer(
     path: Path, rate: float, size: tuple[int, int]
@@ -217,13 +226,23 @@ def _writer(
     if not writer.isOpened():
         raise OSError(f"{path}: this installation of OpenCV cannot write MP4 videos")
 
+    frames = 0
+
     def write(image: np.ndarray) -> None:
+        nonlocal frames
+        frames += 1
         frame = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         writer.write(cv2.copyMakeBorder(frame, 0, below, 0, right, cv2.BORDER_REPLICATE))
 
     try:
         yield write
         writer.release()
+        # OpenCV does not tell that a disk was full or a file too large for it.
+        written = _frame_count(partial)
+        if written < frames:
+            raise OSError(
+                f"{path}: {written} of {frames} frames could be written; is the disk full?"
+            )
         partial.rename(path)
     finally:
         writer.release()

@@ -133,6 +133,21 @@ def test_a_video_that_was_cut_is_told(tiny_run, frames, tmp_path, capsys):
     assert f"warning: {path}: announces {FRAMES} frames, but only 9 could be decoded" in error
 
 
+def test_overlays_that_cannot_be_written_whole_are_an_error(tiny_run, video, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out"
+    arguments = [str(video), "--run", str(tiny_run), "--solver", "explicit", "--out", str(out)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # As a disk or a file system that takes masks, which are small, and no large file.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))
+    try:
+        assert cli.predict(arguments) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"pan.mp4: 0 of {FRAMES} frames could be written" in capsys.readouterr().err
+    assert not list((out / "overlays").iterdir())
+
+
 def test_overlays_of_odd_sizes_lose_no_pixel(tiny_run, tmp_path):
     path = tmp_path / "odd.avi"
     # FFmpeg's encoders would cut the frames already here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,8 +115,8 @@ def predict_video(predictor: Predictor, path: Path, out: Path) -> tuple[list[Fra
     with _opened(path) as (capture, rate, size, count):
         total = count or None
         with _writer(out / "overlays" / f"{path.stem}.mp4", rate, size) as write:
-            for number, image in enumerate(
-                tqdm(_frames(capture), path.name, total, unit="frame", disable=None)
+            for number, (image, time) in enumerate(
+                tqdm(_frames(capture, rate), path.name, total, unit="frame", disable=None)
             ):
                 warm = state is not None
                 frame = predictor.predict_frame(image, state, measure=True)
@@ -130,7 +131,7 @@ def predict_video(predictor: Predictor, path: Path, out: Path) -> tuple[list[Fra
                     out / "masks" / path.stem / f"{number:06d}.png", encode_labels(labels, classes)
                 )
                 write(overlay_labels(image, labels, classes))
-                rows.append(_row(number, number / rate, frame.result, cold))
+                rows.append(_row(number, time, frame.result, cold))
     write_atomic(out / "videos" / f"{path.stem}.csv", to_csv(rows, FrameRow))
     if len(rows) < count:
         print(
@@ -193,12 +194,15 @@ def _opened(path: Path) -> Iterator[tuple[cv2.VideoCapture, float, tuple[int, in
         capture.release()
 
 
-def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    while True:
+def _frames(capture: cv2.VideoCapture, rate: float) -> Iterator[tuple[np.ndarray, float]]:
+    """Every frame and its time in seconds; the rate tells it where the file does not."""
+    for number in itertools.count():
         decoded, frame = capture.read()
         if not decoded:
             return
-        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        # Screens and telephones are recorded at a rate that varies: the number does not tell.
+        time = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), time if time > 0 else number / rate
 
 
 def _frame_count(path: Path) -> int:

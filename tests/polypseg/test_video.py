@@ -2,6 +2,7 @@
 
 import csv
 import json
+import struct
 
 import cv2
 import numpy as np
@@ -63,6 +64,23 @@ def test_every_frame_has_a_mask_a_row_and_a_picture(tiny_run, video, tmp_path, c
         drawn.release()
     assert count == FRAMES
     assert not list((out / "overlays").glob(".*"))
+
+
+def test_times_are_those_of_a_rate_that_varies(tiny_run, video, tmp_path):
+    data = bytearray(video.read_bytes())
+    # The second half lasts half as long: another entry in the table of the frames' durations.
+    at = data.index(b"stts") - 4
+    count, duration = struct.unpack(">II", data[at + 16 : at + 24])
+    entries = (FRAMES // 2, duration, count - FRAMES // 2, duration // 2)
+    data[at : at + 24] = struct.pack(">I4s6I", 32, b"stts", 0, 2, *entries)
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):  # in which it lies
+        start = data.index(box) - 4
+        data[start : start + 4] = struct.pack(">I", 8 + int.from_bytes(data[start : start + 4]))
+    path = tmp_path / "varied.mp4"
+    path.write_bytes(data)
+    rows, _ = predict_video(Predictor.from_run(tiny_run, "explicit"), path, tmp_path / "out")
+    durations = np.diff([row.time for row in rows])
+    assert durations == pytest.approx([0.05] * (FRAMES // 2) + [0.025] * (FRAMES // 2 - 1))
 
 
 def test_a_warm_start_saves_evaluations_and_keeps_the_answer(tiny_run, video, tmp_path):

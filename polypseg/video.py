@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ COLD_EVERY = 10
 # Ends of a solve that a start from scratch may spare.
 FAILED = ("STALLED", "DIVERGED", "NON_FINITE")
 NOT_MEASURED = float("nan")
+LARGEST_RATE = 65535.0  # of MPEG-4, in which it is a fraction of numbers up to this
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,12 @@ def _frame_count(path: Path) -> int:
         capture.release()
 
 
+def writable_rate(rate: float) -> float:
+    """The nearest frames a second that MPEG-4, which counts to 65535 in a second, can hold."""
+    rate = min(rate, LARGEST_RATE)
+    return round(rate, int(math.log10(LARGEST_RATE / rate)))
+
+
 @contextmanager
 def _writer(
     path: Path, rate: float, size: tuple[int, int]
@@ -226,6 +234,7 @@ def _writer(
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     right, below = size[0] % 2, size[1] % 2
     even = (size[0] + right, size[1] + below)
+    rate = writable_rate(rate)
     writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*"mp4v"), rate, even)
     if not writer.isOpened():
         raise OSError(f"{path}: this installation of OpenCV cannot write MP4 videos")

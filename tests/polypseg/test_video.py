@@ -13,7 +13,7 @@ from polypseg import cli
 from polypseg.data import DataError
 from polypseg.predict import find_polyps, predict_files
 from polypseg.predictor import Predictor
-from polypseg.video import check_video, predict_video, saving
+from polypseg.video import check_video, predict_video, saving, writable_rate
 
 FRAMES = 22
 
@@ -164,6 +164,16 @@ def test_overlays_that_cannot_be_written_whole_are_an_error(tiny_run, video, tmp
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"pan.mp4: 0 of {FRAMES} frames could be written" in capsys.readouterr().err
     assert not list((out / "overlays").iterdir())
+
+
+@pytest.mark.parametrize("rate", [0.5, 25.0, 30000 / 1001, 90.123, 119.637, 960.5432, 1e6])
+def test_overlays_of_any_rate_can_be_written(tmp_path, rate):
+    near = writable_rate(rate)
+    code = cv2.VideoWriter.fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(tmp_path / "rate.mp4"), code, near, (64, 64))
+    assert writer.isOpened()
+    writer.release()
+    assert near == pytest.approx(min(rate, 65535), rel=1e-4)
 
 
 def test_overlays_of_odd_sizes_lose_no_pixel(tiny_run, tmp_path):

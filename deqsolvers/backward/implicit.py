@@ -125,7 +125,7 @@ class Implicit(Backward):
                 fixed,
                 lambda product, v: method.adjoint(product, v, solution),
             )
-            return layout.unflatten(fixed)
+            return finish(layout.unflatten(fixed))
         again = keep_tensors(matrix_f, f)
         attached = method._attach(matrix_f, again, fixed, variables, solution)
         return finish(layout.unflatten(attached))

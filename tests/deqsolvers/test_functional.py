@@ -109,6 +109,23 @@ def test_gradcheck_of_forward_and_reverse_mode(solver: Solver) -> None:
     assert torch.autograd.gradcheck(ByFunc.apply, args)
 
 
+@pytest.mark.parametrize("backward", ["implicit", "phantom", "unrolled"])
+def test_a_lost_sample_is_no_other_sample_in_forward_mode(backward: str) -> None:
+    deq, x = layer(backward), X.clone()
+    x[1] = torch.nan
+    with forward_ad.dual_level():
+        z, solution = deq(forward_ad.make_dual(x, torch.ones_like(x)))
+        primal, tangent = forward_ad.unpack_dual(z)
+        alone = deq(forward_ad.make_dual(X[[0, 2]], torch.ones_like(X[[0, 2]])))[0]
+        expected = forward_ad.unpack_dual(alone)
+    assert solution.status[1] == Status.NON_FINITE
+    torch.testing.assert_close(primal[[0, 2]], expected.primal)
+    torch.testing.assert_close(tangent[[0, 2]], expected.tangent)
+    if backward != "unrolled":
+        assert bool((primal[1] == 0).all())  # where the solve began
+        assert bool((tangent[1] == 0).all())
+
+
 def test_a_complex_state_has_tangents() -> None:
     matrix = 0.5 * torch.complex(normal(4, 4), normal(4, 4, seed=1)) / 4
     b = torch.complex(normal(2, 4, seed=2), normal(2, 4, seed=3))

@@ -241,7 +241,9 @@ class Progress:
         ended = torch.where(diverged, int(Status.DIVERGED), int(limit))
         self.status = torch.where(undecided, ended, self.status).to(torch.int8)
         z = self.best_z
-        if last is not None:
+        if last is None:
+            self._relate_best()
+        else:
             # A sum is finite only if all terms are, and one look is all that most solves need.
             if not self._may_look or not bool(last.sum().isfinite()):
                 self._relate_best()

@@ -69,6 +69,20 @@ def test_a_probe_of_newton_krylov_is_no_answer(tol: float | None) -> None:
     assert float(found[1].residual) == pytest.approx(residuals[1], rel=0.1)
 
 
+@pytest.mark.parametrize("final", ["best", "last"])
+def test_newton_krylov_reports_a_relative_residual_where_every_step_was_a_gain(final: str) -> None:
+    """Its best iterate stands for the last, which nobody measures relative to f(z) on the way."""
+
+    def f(z: Tensor) -> Tensor:
+        return 0.5 * z.roll(1, dims=1) + 10
+
+    solution = fixed_point(
+        f, torch.zeros(2, 4), solver=NewtonKrylov(), tol=None, max_steps=2, final=final
+    )
+    fz = f(solution.z)
+    torch.testing.assert_close(solution.residual, (fz - solution.z).norm(dim=1) / fz.norm(dim=1))
+
+
 def test_the_jacobian_can_be_asked_for_in_inference_mode() -> None:
     with torch.inference_mode():
         z, x = torch.ones(2, 3), torch.ones(2, 3)

@@ -77,6 +77,7 @@ class HandOver(nn.Module, Solver):
             )
         if slowest is not None and not slowest > 0:
             raise ValueError(f"slowest must be a fraction above 0, got {slowest}")
+        self.explores = first.explores or self.then.explores
         self.slowest = slowest
         self.after = None if after is None else check_count("after", after)
 

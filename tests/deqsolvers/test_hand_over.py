@@ -208,6 +208,21 @@ def test_samples_that_leave_the_batch_change_nothing() -> None:
     torch.testing.assert_close(results[0].z, results[1].z)
 
 
+def test_a_probe_of_the_first_solver_is_no_answer() -> None:
+    problem = tanh_deq()
+    solution = fixed_point(
+        problem.f,
+        problem.z0,
+        problem.inputs,
+        solver=HandOver(NewtonKrylov(3), slowest=1e9),
+        tol=None,
+        max_steps=8,
+        final="last",
+    )
+    fz = problem.f(solution.z, *problem.inputs).detach()
+    torch.testing.assert_close(solution.residual, (fz - solution.z).norm(dim=1) / fz.norm(dim=1))
+
+
 def test_an_unfitted_hypersolver_then_keeps_the_promise_of_anderson() -> None:
     """On a map where plain steps crawl; the start of the HyperSolver is used."""
     problem = rotating()

@@ -325,7 +325,7 @@ class HostMask:
         host = torch.empty(running.shape, dtype=torch.bool, pin_memory=True)
         host.copy_(running, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(running.device))  # not the current device's stream
         previous, self._pending = self._pending, (host, event)
         if previous is None:
             return None

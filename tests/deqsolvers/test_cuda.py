@@ -136,6 +136,30 @@ def test_a_mask_that_comes_late_changes_no_result(
         assert torch.equal(getattr(late, field), getattr(expected, field)), field
 
 
+def test_the_mask_is_waited_for_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy runs there, and the current device may be another one (``x.to("cuda:1")``)."""
+    running = torch.ones(3, dtype=torch.bool)
+    recorded: list[object] = []
+
+    class Event:
+        def record(self, stream: object = "of the current device") -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None:
+            pass
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, pin_memory: empty(*size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("of", device))
+    mask = HostMask(torch.device("cuda", 1))
+    assert mask.read(running) is None
+    arrived = mask.read(~running)
+    assert arrived is not None
+    assert bool(arrived.all())
+    assert recorded == [("of", running.device)] * 2
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

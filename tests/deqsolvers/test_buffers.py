@@ -13,6 +13,7 @@ from deqsolvers import (
     Anderson,
     AndersonTypeI,
     Broyden,
+    HyperSolver,
     Picard,
     Shine,
     Solution,
@@ -106,6 +107,25 @@ def test_a_history_of_cut_rows_gives_the_same_products(batch: int) -> None:
     torch.testing.assert_close(history.add_to(x, weights), x + sums)
     assert history.subtract_from(x, weights, out=out) is out
     torch.testing.assert_close(out, x - sums)
+    across = torch.empty(WIDE, batch, dtype=x.dtype).t()
+    assert history.combine(weights, out=across) is across
+    torch.testing.assert_close(across, sums)
+    assert history.add_to(x, weights, out=across) is across
+    torch.testing.assert_close(across, x + sums)
+
+
+@pytest.mark.usefixtures("four_threads")
+@torch.no_grad()
+def test_a_hypersolver_takes_a_state_that_is_a_transposed_matrix() -> None:
+    torch.manual_seed(0)
+    hyper = HyperSolver.for_vectors(WIDE, memory=2, width=8, initializer=False)
+    x = normal(WIDE, 2, dtype=torch.float32).t()
+
+    def solve(x: Tensor) -> Tensor:
+        deq = DEQ(lambda z, x: torch.tanh(0.5 * z + x), hyper, tol=None, max_steps=3, final="last")
+        return deq(x)[0]
+
+    torch.testing.assert_close(solve(x), solve(x.contiguous()))
 
 
 @pytest.mark.usefixtures("four_threads")

@@ -196,7 +196,9 @@ def fit_hypersolver(
             if 2 * skipped > seen:
                 raise _unreliable(skipped, seen, teach)
             if validation is not None:
+                hyper.eval()  # as it will be used: an initializer may hold dropout or statistics
                 distances = measure_distances(hyper, deq, validation, steps, teacher=teach)
+                hyper.train()
             every = torch.cat(distances, dim=1)
             record = FitEpoch(
                 epoch,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deqsolvers import (
     DEQ,
@@ -18,6 +18,7 @@ from deqsolvers import (
     fit_hypersolver,
     save_hypersolver,
 )
+from deqsolvers.hypersolver.fit import measure_distances
 from deqsolvers.hypersolver.losses import unroll
 from deqsolvers.hypersolver.targets import Teacher
 from tests.deqsolvers.maps import TanhMap, normal
@@ -334,6 +335,20 @@ def test_an_early_stop_keeps_the_best_weights() -> None:
     assert best == len(history) - 3
     for name, value in hyper.state_dict().items():
         assert torch.equal(value, states[best][name]), name
+
+
+def test_validation_measures_the_hypersolver_as_it_will_be_used() -> None:
+    """Its statistics are of the training inputs alone, and they normalise the others."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(SIZE)
+    hyper = HyperSolver.for_vectors(
+        SIZE, memory=3, width=16, initializer=nn.Sequential(nn.Linear(SIZE, SIZE), norm)
+    )
+    deq, validation = DEQ(Counting()), inputs_of(2, seed=9)
+    (epoch,) = fit_hypersolver(hyper, deq, inputs_of(3), epochs=1, steps=2, validation=validation)
+    assert norm.num_batches_tracked == 3
+    measured = torch.cat(measure_distances(hyper, deq, validation, 2), dim=1).mean(1)
+    torch.testing.assert_close(torch.tensor(epoch.distances), measured)
 
 
 def test_the_worst_sample_is_reported() -> None:

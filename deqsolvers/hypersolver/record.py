@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +99,8 @@ class FitState:
 
     def restore_best(self) -> None:
         self.hyper.load_state_dict(self.best)
+        best = self.history[-1 - self.epochs_since_best()]
+        assert self.hyper.fitted_on is not None
+        self.hyper.fitted_on = replace(
+            self.hyper.fitted_on, epochs=best.epoch, distances=best.distances
+        )

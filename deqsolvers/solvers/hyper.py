@@ -40,9 +40,9 @@ class FittedOn:
         parameters: how many f has; 0 where f is no nn.Module.
         state: shape of each tensor of the state, without the batch.
         samples: training samples of the last epoch that had a reliable z*.
-        epochs: that were run.
+        epochs: after how many the weights were taken: all, or those up to the best (``patience``).
         steps: K, unrolled steps.
-        distances: mean relative distance to z* after 0 .. K steps, at the end of the fit.
+        distances: mean relative distance to z* after 0 .. K steps, with these weights.
     """
 
     f: str

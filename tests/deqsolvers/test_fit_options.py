@@ -335,6 +335,9 @@ def test_an_early_stop_keeps_the_best_weights() -> None:
     assert best == len(history) - 3
     for name, value in hyper.state_dict().items():
         assert torch.equal(value, states[best][name]), name
+    assert hyper.fitted_on is not None
+    assert hyper.fitted_on.epochs == best + 1
+    assert hyper.fitted_on.distances == history[best].distances
 
 
 def test_validation_measures_the_hypersolver_as_it_will_be_used() -> None:

@@ -247,7 +247,8 @@ def _explaining(f: Callable[..., Any], batch: int) -> Callable[..., Any]:
             return f(z, *inputs)
         except RuntimeError as error:
             left = pytree.tree_leaves(z)[0].shape[0]
-            if left == batch or isinstance(error, torch.OutOfMemoryError):
+            told = isinstance(error, (torch.OutOfMemoryError, ConvergenceError))  # their own cause
+            if left == batch or told:
                 raise
             raise ValueError(
                 f"f failed on the {left} samples that are left of {batch}: {error}. {_WHOLE_BATCH}"

@@ -13,6 +13,7 @@ from deqsolvers import (
     Anderson,
     AndersonTypeI,
     Broyden,
+    ConvergenceError,
     NewtonKrylov,
     Picard,
     Solver,
@@ -194,6 +195,19 @@ def test_an_f_that_uses_a_tensor_of_the_whole_batch_is_explained() -> None:
         with pytest.raises(ValueError, match=r"are left of 6.*pass that through inputs"):
             fixed_point(f, torch.zeros(6, 3), solver=Picard())
     assert fixed_point(adds, torch.zeros(6, 3), drop_converged=False).converged.all()
+
+
+def test_a_layer_inside_f_that_does_not_converge_says_so_on_a_part_of_the_batch_too() -> None:
+    inner = DEQ(lambda y, z: -2 * y + z, Picard(), raise_on_failure=True, max_steps=5)
+    x = torch.cat([torch.zeros(4, 3), torch.ones(2, 3)])
+
+    def f(z: Tensor, x: Tensor) -> Tensor:
+        if len(z) < 6:
+            inner(z)
+        return torch.tanh(0.5 * z + x)
+
+    with pytest.raises(ConvergenceError):
+        fixed_point(f, torch.zeros(6, 3), (x,), solver=Picard())
 
 
 def test_a_guessed_state_of_another_shape_is_explained() -> None:

@@ -97,7 +97,8 @@ def fixed_point(
         drop_converged: let decided samples leave the batch when that saves work. Set False if f
             needs the whole batch (CUDA graphs, shapes compiled in) or couples samples (graphs,
             batch statistics). With ``final="best"`` a converged sample is then looked at again in
-            every evaluation, and goes on where others have moved it from its fixed point.
+            every evaluation, and goes on where others have moved it from its fixed point; with
+            "last" its status tells of its first look alone.
         raise_on_failure: raise `ConvergenceError`, which holds the solution, if any sample failed.
         trace: keep every residual in ``Solution.trace``.
         callback: called with a `StepInfo` after every evaluation.
@@ -157,6 +158,7 @@ def iterate(
     residuals: list[Tensor] = []
     calls = rows_evaluated = 0
     last = options.final == "last"
+    returns_best = not last or solver.explores
     evaluations = options.max_steps + (not last)
 
     with autocast.suspended():
@@ -200,7 +202,7 @@ def iterate(
             z_next = None
             if last:
                 z_next = update()
-                if not solver.explores:
+                if not returns_best:
                     progress.replace_converged(step, z_next)
             running = None
             if early and not progress.all_running:
@@ -223,13 +225,13 @@ def iterate(
                 break
             z = update() if z_next is None else z_next
             if running is not None and not running.all():
-                z = progress.hold(z, reopen=not may_drop)
+                z = progress.hold(z, reopen=returns_best and not may_drop)
         if keep_memory and batch and not last:
             solver.step(memory, z, fz, g)  # what the last evaluation taught belongs to it too
     autocast.forget_weights()
     solution = progress.solution(
         layout,
-        z if last and not solver.explores else None,
+        None if returns_best else z,
         calls,
         rows_evaluated,
         residuals if trace else None,

@@ -158,7 +158,7 @@ class Progress:
         ``reopen`` lets one that has converged go on where its residual there has risen, which
         only other samples can do.
         """
-        if reopen and self.options.tol is not None and self.options.final == "best":
+        if reopen and self.options.tol is not None:
             self._held = (~self.running) & (self.status > 0)
         return torch.where(self.running.unsqueeze(1), z, self.best_z)
 

@@ -11,6 +11,7 @@ from deqsolvers import (
     Anderson,
     Broyden,
     Implicit,
+    NewtonKrylov,
     Picard,
     Solution,
     Solver,
@@ -50,6 +51,14 @@ def test_a_converged_sample_goes_on_where_others_move_it(x: Tensor) -> None:
     solution = solve(x, Picard())
     assert solution.converged.all()
     assert (residuals(solution.z, x) <= 1.1e-4).all()
+
+
+@pytest.mark.parametrize("x", [X, ONE_NODE], ids=["every node", "one node"])
+def test_newton_krylov_looks_again_whichever_iterate_is_asked_for(x: Tensor) -> None:
+    """It returns its best iterate with ``final="last"`` too."""
+    last, best = (solve(x, NewtonKrylov(), final=final) for final in ("last", "best"))
+    torch.testing.assert_close(last.status, best.status, rtol=0, atol=0)
+    torch.testing.assert_close(last.z, best.z, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)

@@ -13,7 +13,7 @@ from benchmarks.timing import Effort, Quartiles, paired
 from deqsolvers import Anderson, Broyden, Picard, Solver, fixed_point
 
 STEPS = 30
-MEMORY = 6
+MEMORY = 6  # differences, of memory + 1 pairs of z and f(z)
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Overhead:
 
     Attributes:
         ours, torchdeq: seconds of a step beyond f; negative where the noise of f is larger.
-        ratio: torchdeq / ours; None for a solver or a setting that torchdeq lacks.
+        ratio: torchdeq / ours; None for a solver that torchdeq lacks.
         least: seconds of copying the bytes that a step must move.
         limit: least / ours; 1 is the most that memory allows. It and the ratio are None where ours
             is not positive.
@@ -119,13 +119,12 @@ def measure(
 
 
 def _torchdeq(method: str, memory: int):  # type: ignore[no-untyped-def]
-    if memory < 2 and method == "Anderson":
-        return None  # an IndexError in torchdeq 0.1.0
     try:
         solve = torchdeq_solver(method)
     except ImportError:
         return None
-    extra = {"m": memory} if method == "Anderson" else {}
+    # torchdeq's m counts pairs of z and f(z), our memory the differences between them.
+    extra = {"m": memory + 1} if method == "Anderson" else {}
     # At tol=0 it takes every step, as ours does.
     return torch.no_grad()(
         lambda f, z0: solve(f, z0, max_iter=STEPS, tol=0.0, stop_mode="rel", **extra)

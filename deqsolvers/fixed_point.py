@@ -183,6 +183,7 @@ def iterate(
                     "f changed its argument z in place, or returned a buffer that its next call "
                     "writes over; let it work on a copy (avoid z += ..., z.relu_() and the like)"
                 )
+            del before  # a state that solvers may need the room of
             calls += 1
             rows_evaluated += z.shape[0]
             fz = layout.flatten(state)

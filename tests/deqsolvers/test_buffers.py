@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -245,3 +247,22 @@ def test_a_history_that_starts_full_of_zeros_changes_no_step(
     grown = solve()
     assert torch.equal(found.steps, grown.steps)
     torch.testing.assert_close(found.z, grown.z, rtol=1e-6, atol=1e-6)
+
+
+def test_a_result_of_f_that_the_solver_forgets_is_gone_when_it_steps() -> None:
+    """It is a whole state, at the moment when most of them are alive."""
+    returned: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    class Forgetful(Picard):
+        def step(self, memory: Any, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+            alive.append(sum(result() is not None for result in returned))
+            return super().step(memory, z, fz, g)
+
+    def f(z: Tensor) -> Tensor:
+        result = torch.cos(z)
+        returned.append(weakref.ref(result))
+        return result
+
+    fixed_point(f, torch.zeros(2, 3), solver=Forgetful(damping=0.5), tol=None, max_steps=4)
+    assert alive == [1] * 4

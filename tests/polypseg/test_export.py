@@ -11,6 +11,7 @@ from polypseg import cli
 from polypseg.data import read_image, resize_image
 from polypseg.export import export_run
 from polypseg.predictor import Predictor
+from polypseg.released import RELEASED
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,27 @@ def test_a_network_that_differs_is_not_written(tiny_run, tmp_path, monkeypatch):
         export_run(tiny_run, path, "explicit")
     assert path.read_bytes() == b"an older export"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not RELEASED.is_dir(), reason="not a clone")
+def test_a_network_sees_polyps_in_the_images_of_the_check(tmp_path, monkeypatch):
+    # Where it sees none, a step more or less hardly shows.
+    monkeypatch.setattr("torch.export.export", lambda *a, **k: None)
+    monkeypatch.setattr("torch.export.save", lambda program, path: path.write_bytes(b"export"))
+    checked = []
+
+    def run(path, images):
+        checked.append(images)
+        return np.zeros((1, 1, 256, 256))
+
+    monkeypatch.setattr("polypseg.export._run", run)
+    with pytest.raises(ValueError, match="differs from the original"):
+        export_run(RELEASED, tmp_path / "model.pt2")
+    predictor = Predictor.from_run(RELEASED)
+    assert len(checked) == 2
+    for images in checked:
+        image = (255 * images[0].permute(1, 2, 0)).round().to(torch.uint8).numpy()
+        assert predictor.predict(image).native.max() > 0.5
 
 
 def test_what_cannot_be_exported_is_refused_before_any_work(tiny_run, tmp_path, capsys):

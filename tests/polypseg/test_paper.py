@@ -44,3 +44,7 @@ def test_neopolyp_has_a_column_a_class():
 
 def test_other_data_have_no_such_table():
     assert beside_the_paper([summarise("Mine", "hyper", [ROW])]) is None
+
+
+def test_a_network_of_one_class_is_not_put_beside_those_trained_on_neopolyp():
+    assert beside_the_paper([summarise("NeoPolyp-Small", "hyper", [ROW])]) is None

@@ -1,6 +1,7 @@
 """The tables of all evaluated runs beside the paper's: ``python results/tables.py``.
 
-Reads ``*/evaluation/summary.csv`` and ``*/results.csv`` beside this file and writes ``tables.md``.
+Reads ``*/evaluation/summary.csv``, ``*/elsewhere/summary.csv`` (networks of one class on images of
+another hospital) and ``*/results.csv`` beside this file and writes ``tables.md``.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ def main() -> None:
         parts += [title, _sets(both, protocol), CLINIC]
     if classes:
         parts += ["## NeoPolyp-Small, protocol `default`\n", _targets(classes)]
+    elsewhere = {
+        path.parent.parent.name: read_rows(path, SummaryRow)
+        for path in sorted(HERE.glob("*/elsewhere/summary.csv"))
+    }
+    parts += [
+        "## Images of another hospital, polyp or none, protocol `default`\n",
+        f"Trained on Kvasir-SEG and CVC-ClinicDB, scored on {NEOPOLYP}. {NOTES[NEOPOLYP]}\n",
+        _elsewhere(elsewhere),
+    ]
     parts += ["## Solves\n", _solves(rows), CLINIC, "## Trainings\n", _trainings(runs)]
     for name, when in (("ablations", ""), ("ablations-before", ", before the masks were aligned")):
         parts += [f"## Ablations, validation images{when}\n", _ablations(f"{name}.csv")]
@@ -74,6 +84,14 @@ def _targets(rows: dict[str, list[SummaryRow]]) -> str:
         for name, cells in TABLE_3.items()
     ]
     return _markdown(["run", "solver", *(f"{name}, Dice / IoU" for name in TARGETS)], table)
+
+
+def _elsewhere(rows: dict[str, list[SummaryRow]]) -> str:
+    table = [
+        [run, solver, *(_scores(row) for row in found)]
+        for run, solver, found in _by_solver(rows, "default")
+    ]
+    return _markdown(["run", "solver", f"{NEOPOLYP}, Dice / IoU"], table)
 
 
 def _solves(rows: dict[str, list[SummaryRow]]) -> str:

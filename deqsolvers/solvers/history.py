@@ -123,7 +123,7 @@ class History:
 
     def combine(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """(B, features) sum of the entries weighted by ``weights`` (B, filled)."""
-        cuts = self._cuts if out is None else self._cuts_for(out)
+        cuts = self._cuts_for(out)
         place = None if out is None else _cut(out, cuts).unsqueeze(1)
         entries = self._entries(cuts)
         total = torch.bmm(self._placed(weights, cuts), entries.matrices, out=place)
@@ -138,7 +138,7 @@ class History:
         return self._add(x, weights, 1, out)
 
     def _add(self, x: Tensor, weights: Tensor, sign: int, out: Tensor | None) -> Tensor:
-        cuts = self._cuts_for(x) if out is None else self._cuts_for(x, out)
+        cuts = self._cuts_for(x, out)
         place = None if out is None else _cut(out, cuts).unsqueeze(1)
         total = torch.baddbmm(
             _cut(x, cuts).unsqueeze(1),
@@ -151,8 +151,8 @@ class History:
             return out
         return total.squeeze(1) if cuts == 1 else total.view(x.shape)
 
-    def _cuts_for(self, *matrices: Tensor) -> int:
-        if self._cuts == 1 or all(matrix.is_contiguous() for matrix in matrices):
+    def _cuts_for(self, *matrices: Tensor | None) -> int:
+        if self._cuts == 1 or all(one is None or one.is_contiguous() for one in matrices):
             return self._cuts
         return 1  # rows that lie across memory cannot be cut by a view
 

@@ -71,9 +71,9 @@ def check_folders(
     Returns:
         Errors are files that cannot be paired, decoded or used (see `audit_pairs`) and images that
         occur with the same pixels both in a training and in a test folder. Warnings are files that
-        are left out, empty and full masks, masks that look inverted, other duplicates,
-        near-duplicates, and a random split that parts these. A folder whose name another root has
-        used goes by its path.
+        are left out, empty and full masks, masks that look inverted or are read as one class from
+        the colours of three, other duplicates, near-duplicates, and a random split that parts
+        these. A folder whose name another root has used goes by its path.
 
     Raises:
         ValueError: as `compile_group`.

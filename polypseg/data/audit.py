@@ -24,7 +24,7 @@ from polypseg.data.reading import (
     size_fault,
 )
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 AUDIT_THREADS = 4
 GREY_FRACTION = 0.05
@@ -130,7 +130,7 @@ def _inspect(pair: Pair, fingerprints: bool, classes: int) -> Inspection:
     )
 
 
-def _read(read: Callable[[Path], T], path: Path, faults: list[Fault]) -> T | None:
+def _read(read: Callable[[Path], _T], path: Path, faults: list[Fault]) -> _T | None:
     try:
         return read(path)
     except DataError as error:

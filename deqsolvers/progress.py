@@ -52,6 +52,9 @@ class Progress:
         self.best_z = z
         infinite = z.new_full((batch,), torch.inf)
         zero = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        # Numbers to compare with, as tensors: torch takes longer to compare with a number.
+        self._squares_from = z.new_full((batch,), _SQUARES_FROM[z.dtype])  # below, squares vanish
+        self._tol = None if options.tol is None else z.new_full((batch,), options.tol)
         self.best_residual = infinite
         self._best_size = infinite  # its ||f(z) - z||
         self.best_step = zero
@@ -97,15 +100,14 @@ class Progress:
         size = residual = row_norms(g)
         if self.options.relative and self._relate:
             residual = size / row_norms(fz)
-        fine = size < self._best_size
-        fine &= size > _SQUARES_FROM[size.dtype]  # below, squares may have vanished
-        if self.options.tol is not None:
-            fine &= residual > self.options.tol
-            fine &= residual < _STALL_FACTOR * self._mark
-        elif step == 0:
-            fine &= residual > 0  # f(z) may have overflowed where its entries did not
-        if not torch.equal(fine, self.running):  # which are all true here
+        if not self._all(size < self._best_size) or not self._all(size > self._squares_from):
             return None
+        if self._tol is not None:
+            fallen = residual < _STALL_FACTOR * self._mark
+            if not self._all(fallen) or not self._all(residual > self._tol):
+                return None
+        elif step == 0 and not self._all(residual > 0):
+            return None  # f(z) may have overflowed where its entries did not
         if step == 0 and self.options.tol is not None:
             self._first, self._scale = size, torch.maximum(size, row_norms(fz))
         self.best_z, self._best_size, self.best_residual = z, size, residual
@@ -114,6 +116,10 @@ class Progress:
         self._unwritten = step
         self._measured = self.running
         return residual
+
+    def _all(self, fine: Tensor) -> bool:
+        """Whether ``fine`` (b,) holds for all samples, while all are running."""
+        return torch.equal(fine, self.running)
 
     def _write_steps(self) -> None:
         """Write what `measure` only remembered while all samples improved."""

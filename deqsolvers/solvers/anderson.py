@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from deqsolvers.buffers import Buffers, Reserve
 from deqsolvers.modes import may_look
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
-from deqsolvers.solvers.history import Gram, History, row_norms
+from deqsolvers.solvers.history import Gram, History, row_norms, solve_positive
 from deqsolvers.state import Layout
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -128,7 +128,7 @@ class Anderson(Solver):
         # One pass over the history gives dG g. The new Gram row dG (g - g_previous) is the change
         # of that product, which saves the second pass and keeps its relative accuracy.
         row = memory.update_products(memory.dg.dot(g))
-        length = row_norms(memory.dg.last)
+        length = row_norms(memory.dg.last).double()
         # The ridge is put on once. A column that is zero has a zero right-hand side; any pivot
         # will do.
         ridge = _rounding(g) if self.regularization is None else self.regularization
@@ -145,10 +145,9 @@ class Anderson(Solver):
             right = torch.where(used, right, 0.0)
         gamma, info = self._solve(memory, system, right, _rounding(g))
         unmasked = memory.length is None and math.isinf(self.safeguard)
-        # Asked for in two looks; a sum is finite only if all terms are.
-        if unmasked and torch.equal(info, memory.solved) and math.isfinite(gamma.detach().sum()):
+        if unmasked and torch.equal(info, memory.solved):
             return gamma
-        restart = (info != 0) | ~torch.isfinite(gamma).all(1)
+        restart = info != 0
         if math.isfinite(self.safeguard):
             restart = restart | self._grown(memory, g)
         if memory.length is None:
@@ -161,11 +160,12 @@ class Anderson(Solver):
     def _solve(
         self, memory: AndersonMemory, system: Tensor, right: Tensor, rounding: float
     ) -> tuple[Tensor, Tensor]:
-        """(B, filled) gamma, and (B,) int32, nonzero where the system is singular."""
-        if memory.length is not None:
-            system.diagonal(dim1=1, dim2=2).clamp_min_(_TINY)  # of columns that are not in use
-        factor, info = torch.linalg.cholesky_ex(system)
-        return torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2), info
+        """(B, filled) gamma, and (B,) int32, nonzero where the system is singular or gamma is not
+        finite."""
+        if memory.length is None:
+            return memory.gram.solve(right)
+        system.diagonal(dim1=1, dim2=2).clamp_min_(_TINY)  # of columns that are not in use
+        return solve_positive(system, right)
 
     def _grown(self, memory: AndersonMemory, g: Tensor) -> Tensor:
         """(B,) whose residual the safeguard objects to."""

@@ -76,7 +76,8 @@ class AndersonTypeI(Anderson):
         size = factor.detach().diagonal(dim1=1, dim2=2).abs()
         singular = (info != 0) | (size <= rounding).any(1)
         gamma = torch.linalg.lu_solve(factor, order, right.unsqueeze(2)).squeeze(2)
-        return gamma * torch.where(alone, 0.0, per_column), singular.to(info.dtype)
+        gamma = gamma * torch.where(alone, 0.0, per_column)
+        return gamma, (singular | ~torch.isfinite(gamma).all(1)).to(info.dtype)
 
 
 def _put(lengths: Tensor, slot: int, column: Tensor) -> Tensor:

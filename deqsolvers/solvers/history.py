@@ -14,6 +14,8 @@ from deqsolvers.modes import may_overwrite
 _LONG = 16384
 # Up to this many bytes it costs less to work on a history of zeros than to let it grow.
 _SMALL = 2 * 2**20
+# Above every square of a right-hand side whose products with a state do not overflow.
+_CORNER = 1e306
 
 
 @dataclass
@@ -187,6 +189,18 @@ class History:
         self._hold(self.buffer[:, rows])
 
 
+@dataclass
+class _System:
+    """Views of a `Gram` in place, with the right-hand side as one row more."""
+
+    bordered: Tensor  # (B, filled + 1, filled + 1)
+    right: Tensor  # (B, filled) its last row
+    factor: Tensor  # (B, filled + 1, filled + 1) its Cholesky factor
+    upper: Tensor  # (B, filled, filled) the transposed factor of the matrix alone
+    halfway: Tensor  # (B, filled, 1) right-hand side after the first of two substitutions
+    info: Tensor  # (B,) int32
+
+
 class Gram:
     """Products of the entries of a `History` with each other, a matrix a sample.
 
@@ -194,11 +208,16 @@ class Gram:
     """
 
     def __init__(self, size: int, like: Tensor):
-        self.matrix = like.new_zeros(like.shape[0], size, size, dtype=torch.float64)
+        shape = like.shape[0], size + 1, size + 1  # with room for a right-hand side
+        self.matrix = like.new_zeros(shape, dtype=torch.float64)
         self.matrix.diagonal(dim1=1, dim2=2).fill_(1)  # an entry of zeros is to make no difference
         self._in_place = may_overwrite()
-        self.filled = self.matrix[:, :0, :0]  # (B, filled, filled) of it
+        self._hold(0)
+
+    def _hold(self, filled: int) -> None:
+        self.filled = self.matrix[:, :filled, :filled]  # (B, filled, filled) of it
         self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._system: _System | None = None
 
     def write(self, slot: int, row: Tensor, column: Tensor, diagonal: Tensor) -> None:
         """Replace row and column ``slot``, both (B, filled), and their common entry (B,)."""
@@ -213,7 +232,7 @@ class Gram:
             self.matrix, self.filled = matrix, matrix[:, :filled, :filled]
             return
         if self.filled.shape[1] != filled:
-            self.filled, self._views = self.matrix[:, :filled, :filled], {}
+            self._hold(filled)
         views = self._views.get(slot)
         if views is None:
             views = self.filled[:, slot], self.filled[:, :, slot], self.filled[:, slot, slot]
@@ -222,11 +241,47 @@ class Gram:
         views[1].copy_(column)
         views[2].copy_(diagonal)
 
+    def solve(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve ``filled x = right`` (B, filled).
+
+        Returns x (B, filled), and (B,) int32, nonzero where ``filled`` is not positive definite or
+        x is not finite.
+        """
+        if not self._in_place:
+            return solve_positive(self.filled, right)
+        system = self._system = self._system or self._bordered()
+        system.right.copy_(right)
+        # The last row of the factor is the right-hand side after the first substitution, and the
+        # last pivot tells whether it is finite: one call does the work of three.
+        torch.linalg.cholesky_ex(system.bordered, out=(system.factor, system.info))
+        x = torch.linalg.solve_triangular(system.upper, system.halfway, upper=True)
+        return x.squeeze(2), system.info
+
+    def _bordered(self) -> _System:
+        batch, filled = self.filled.shape[:2]
+        bordered = self.matrix[:, : filled + 1, : filled + 1]
+        bordered[:, filled, filled] = _CORNER
+        factor = torch.empty_like(bordered, memory_format=torch.contiguous_format).mT
+        return _System(
+            bordered,
+            bordered[:, filled, :filled],
+            factor,
+            factor[:, :filled, :filled].mT,
+            factor[:, filled, :filled].unsqueeze(2),
+            torch.empty(batch, dtype=torch.int32, device=bordered.device),
+        )
+
     def take(self, rows: Tensor) -> None:
         """Keep only these samples."""
-        filled = self.filled.shape[1]
-        self.matrix, self._views = self.matrix[rows], {}
-        self.filled = self.matrix[:, :filled, :filled]
+        self.matrix = self.matrix[rows]
+        self._hold(self.filled.shape[1])
+
+
+def solve_positive(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """`Gram.solve` for ``matrix`` (B, n, n) and ``right`` (B, n), through Cholesky's factor."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    x = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+    return x, torch.where(torch.isfinite(x).all(1), info, 1)
 
 
 def row_norms(x: Tensor) -> Tensor:

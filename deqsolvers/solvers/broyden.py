@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deqsolvers.buffers import Buffers, Reserve
 from deqsolvers.modes import may_look, may_overwrite
@@ -22,7 +23,8 @@ class _BroydenMemory(Memory):
     # that step j + 1 added to H is I + u_j s_j^T; 0 for factors not in use.
     lower: Tensor
     p: Tensor  # (B, memory) float64, u_j = p_j s_(j+1) + q_j s_j; both 0 for factors not in use
-    q: Tensor
+    q: Tensor  # all 0 without damping
+    trues: Tensor  # (B,)
     buffers: Buffers
     layout: Layout
     z: Tensor | None = None  # where the last step was taken from
@@ -72,6 +74,7 @@ class Broyden(Solver):
             lower=square.clone(),
             p=square[:, 0].clone(),
             q=square[:, 0].clone(),
+            trues=torch.ones(z.shape[0], dtype=torch.bool, device=z.device),
             buffers=Buffers(),
             layout=layout,
         )
@@ -124,17 +127,18 @@ class Broyden(Solver):
         t = torch.linalg.solve_triangular(
             -memory.lower[:, :k, :k], c.unsqueeze(2), upper=False, unitriangular=True
         ).squeeze(2)
-        a = memory.q[:, :k] * t
-        a[:, 1:] += memory.p[:, : k - 1] * t[:, :-1]
-        length = gram[:, -1, -1]
-        change = -(c[:, -1] + (gram[:, -1] * a).sum(1))  # s^T H_before g
-        denominator = change + length / self.damping
+        a = pad(memory.p[:, : k - 1] * t[:, :-1], (1, 0))
+        if self.damping != 1:
+            a = a + memory.q[:, :k] * t
+        along = c + torch.bmm(gram, a.unsqueeze(2)).squeeze(2)  # -S^T H_before g
+        change, length = -along[:, -1], gram[:, -1, -1]
+        denominator = change + (length if self.damping == 1 else length / self.damping)
         # The inner products carry the rounding of the working precision.
         rounding = 10 * torch.finfo(g.dtype).eps
         usable = denominator.abs() > rounding * (change.abs() + length)
-        usable = usable & (length > 0)
+        usable = usable.logical_and(length)
         reset = None
-        if held is not None or not may_look(g) or not bool(usable.all()):
+        if held is not None or not may_look(g) or not torch.equal(usable, memory.trues):
             moved = torch.ones_like(usable) if held is None else ~held
             # Where H cannot be updated it starts again from -I, and the step is a plain one.
             reset = (~usable & moved).unsqueeze(1)
@@ -143,32 +147,37 @@ class Broyden(Solver):
             length = torch.where(usable & moved, length, torch.inf)
         # With y = H_before g the new H gives -H g = -(1 - sigma) y + (1 / damping - 1) sigma s.
         sigma = change / denominator
-        share = (1 - sigma).unsqueeze(1)
-        weights = share * a
-        weights[:, -1] += (1 / self.damping - 1) * sigma
+        share = ((1 - sigma) * self.damping).unsqueeze(1)
+        weights, products = share * a, share * along
+        if self.damping != 1:
+            part = ((1 - self.damping) * sigma).unsqueeze(1)
+            weights = weights + pad(part, (k - 1, 0))
+            products = products + part * gram[:, -1]
         if reset is not None:
-            share, weights = torch.where(reset, 1.0, share), torch.where(reset, 0.0, weights)
-        share, weights = share * self.damping, weights * self.damping
+            share = torch.where(reset, self.damping, share)
+            weights = torch.where(reset, 0.0, weights)
+            products = torch.where(reset, self.damping * c, products)
         if held is not None:  # they keep their H and stay
             stays = held.unsqueeze(1)
             share, weights = torch.where(stays, 0.0, share), torch.where(stays, 0.0, weights)
+            products = torch.where(stays, 0.0, products)
         self._add_factor(memory, k, reset, length)
         # In its place in the history, which spares a copy for the sum and another for the push.
-        plain = torch.mul(g, share.to(g.dtype), out=out)
-        step = memory.steps.add_to(plain, weights, out)
-        return step, share * c + (gram * weights.unsqueeze(1)).sum(2)
+        start = torch.mul(g, share.to(g.dtype), out=out)
+        return memory.steps.add_to(start, weights, out), products
 
     def _add_factor(
         self, memory: _BroydenMemory, k: int, reset: Tensor | None, length: Tensor
     ) -> None:
         """``length`` is that of the last step squared, infinite where H keeps its factors."""
-        inverse = 1 / length
-        p, q = memory.writable(memory.p), memory.writable(memory.q)
-        p[:, k - 1] = inverse
-        q[:, k - 1] = -(1 - self.damping) * inverse
-        memory.p, memory.q = p, q
+        memory.p = memory.writable(memory.p)
+        memory.p[:, k - 1] = inverse = 1 / length
+        if self.damping != 1:
+            memory.q = memory.writable(memory.q)
+            memory.q[:, k - 1] = (self.damping - 1) * inverse
         if reset is not None:
-            memory.p, memory.q = torch.where(reset, 0.0, p), torch.where(reset, 0.0, q)
+            memory.p = torch.where(reset, 0.0, memory.p)
+            memory.q = torch.where(reset, 0.0, memory.q)
             memory.lower = torch.where(reset.unsqueeze(2), 0.0, memory.lower)
 
     def _push(self, memory: _BroydenMemory, step: Tensor, products: Tensor) -> None:
@@ -181,7 +190,8 @@ class Broyden(Solver):
         gram[:, k, : k + 1] = row
         gram[:, : k + 1, k] = row
         # s_k u_j for all factors j < k, the one that this step completes among them.
-        lower[:, k, :k] = memory.p[:, :k] * row[:, 1:] + memory.q[:, :k] * row[:, :k]
+        factors = memory.p[:, :k] * row[:, 1:]
+        lower[:, k, :k] = factors if self.damping == 1 else factors + memory.q[:, :k] * row[:, :k]
         memory.gram, memory.lower = gram, lower
 
     def inverse_transposed(self, memory: _BroydenMemory, v: Tensor) -> Tensor:

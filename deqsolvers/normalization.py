@@ -27,8 +27,7 @@ from torch.nn.utils import parametrize
 from deqsolvers.modules import modules_of
 
 
-@contextlib.contextmanager
-def cached_weights(f: Any) -> Iterator[None]:
+def cached_weights(f: Any) -> contextlib.AbstractContextManager[None]:
     """Within this block every parametrized weight of ``f`` is computed once.
 
     ``torch.nn.utils.parametrize.cached`` alone would lose gradients without a word: it keeps what
@@ -55,9 +54,12 @@ def cached_weights(f: Any) -> Iterator[None]:
     """
     modules = [module for root in modules_of(f) for module in root.modules()]
     parametrized = [module for module in modules if parametrize.is_parametrized(module)]
-    if not parametrized:
-        yield
-        return
+    # A compiler before torch 2.7 can trace this one alone.
+    return _cached(parametrized) if parametrized else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _cached(parametrized: list[nn.Module]) -> Iterator[None]:
     with parametrize.cached():
         for module in parametrized:
             for name, made_of in cast(nn.ModuleDict, module.parametrizations).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,20 +94,24 @@ class Anderson(Solver):
         return f"{type(self).__name__}(memory={self.memory}, damping={self.damping})"
 
     def init(self, z: Tensor, layout: Layout) -> AndersonMemory:
+        return AndersonMemory(**self._fresh(z))
+
+    def _fresh(self, z: Tensor) -> dict[str, Any]:
+        """What a memory starts with."""
         batch = z.shape[0]
         masks = not may_look(z)
         df, dg = History.pair(self.memory, z, self._reserve)
-        return AndersonMemory(
-            df=df,
-            dg=dg,
-            gram=Gram(self.memory, z),
-            products=z.new_zeros(batch, dg.filled, dtype=torch.float64),
-            length=torch.zeros(batch, dtype=torch.int64, device=z.device) if masks else None,
-            smallest=z.new_full((batch,), torch.inf),
-            least=z.new_full((batch,), _TINY, dtype=torch.float64),
-            solved=torch.zeros(batch, dtype=torch.int32, device=z.device),
-            buffers=Buffers(),
-        )
+        return {
+            "df": df,
+            "dg": dg,
+            "gram": Gram(self.memory, z),
+            "products": z.new_zeros(batch, dg.filled, dtype=torch.float64),
+            "length": torch.zeros(batch, dtype=torch.int64, device=z.device) if masks else None,
+            "smallest": z.new_full((batch,), torch.inf),
+            "least": z.new_full((batch,), _TINY, dtype=torch.float64),
+            "solved": torch.zeros(batch, dtype=torch.int32, device=z.device),
+            "buffers": Buffers(),
+        }
 
     def step(self, memory: AndersonMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         if memory.g is None or memory.fz is None:

@@ -44,9 +44,8 @@ class AndersonTypeI(Anderson):
     """
 
     def init(self, z: Tensor, layout: Layout) -> _Memory:
-        memory = super().init(z, layout)
-        none = memory.products
-        return _Memory(**vars(memory), z_lengths=none, g_lengths=none)
+        fresh = self._fresh(z)
+        return _Memory(**fresh, z_lengths=fresh["products"], g_lengths=fresh["products"])
 
     def _update_gram(self, memory: Any, g: Tensor) -> None:
         # dZ = dF - dG, which saves a third history. As in type II, the change of dZ^T g is a

@@ -1,4 +1,4 @@
-"""Small linear systems in elementary operations: ONNX has neither factorisations nor solves.
+"""What ONNX or its exporter lacks, in elementary operations: small linear systems above all.
 
 A solver's systems have as many unknowns as its history has columns, so that elimination, written
 out, is a few dozen operations.
@@ -75,8 +75,25 @@ def diagonal_scatter(
     return torch.where(number[:, None] == number, values.unsqueeze(-1), matrix)
 
 
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm of (B, C, H, W) in evaluation mode; torch 2.6 cannot pass its own on to ONNX."""
+    scale = weight * (variance + eps).rsqrt()
+    shift = bias - mean * scale
+    nothing = x.new_zeros(0)  # statistics, which only training has
+    return x * scale[:, None, None] + shift[:, None, None], nothing, nothing
+
+
 # What to hand to `ExportedProgram.run_decompositions`.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten._native_batch_norm_legit_no_training.default: batch_norm,
     aten.linalg_cholesky_ex.default: cholesky,
     aten.linalg_solve_triangular.default: solve_triangular,
     aten.cholesky_solve.default: cholesky_solve,

@@ -75,7 +75,9 @@ def test_times_are_those_of_a_rate_that_varies(tiny_run, video, tmp_path):
     data[at : at + 24] = struct.pack(">I4s6I", 32, b"stts", 0, 2, *entries)
     for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):  # in which it lies
         start = data.index(box) - 4
-        data[start : start + 4] = struct.pack(">I", 8 + int.from_bytes(data[start : start + 4]))
+        data[start : start + 4] = struct.pack(
+            ">I", 8 + int.from_bytes(data[start : start + 4], "big")
+        )
     path = tmp_path / "varied.mp4"
     path.write_bytes(data)
     rows, _ = predict_video(Predictor.from_run(tiny_run, "explicit"), path, tmp_path / "out")

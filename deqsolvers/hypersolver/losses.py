@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from deqsolvers.deq import DEQ
 from deqsolvers.fixed_point import StepInfo, iterate
@@ -144,6 +143,9 @@ def _mapped(
     f: Callable[..., Any], solver: Solver, mode: Unroll
 ) -> tuple[Callable[..., Any], Solver]:
     if mode == "checkpoint":
+        # Here, because torch 2.6 imports SymPy with it, which takes longer than this library.
+        from torch.utils.checkpoint import checkpoint
+
         return lambda z, *inputs: checkpoint(f, z, *inputs, use_reentrant=False), solver
     if mode == "truncate":
         return torch.no_grad()(f), _Truncated(solver)

@@ -38,8 +38,13 @@ SYSTEMS = {
     "PolypDEQ-add, HyperSolver": ("polypdeq-add-256-all-zero", "hyper"),
 }
 NEOPOLYP_SYSTEMS = {
+    "MDEQ, explicit": ("mdeq-neopolyp-256", "explicit"),
+    "MDEQ, implicit": ("mdeq-neopolyp-256", "anderson"),
+    "SegFormer-B0": ("segformer-b0-neopolyp-256", "explicit"),
     "PolypDEQ-add, implicit": ("polypdeq-add-neopolyp-256", "anderson"),
-    "HyperPolypDEQ": ("polypdeq-add-neopolyp-256", "hyper"),
+    "PolypDEQ-res, implicit": ("polypdeq-res-neopolyp-256", "anderson"),
+    "HyperPolypDEQ": ("polypdeq-res-neopolyp-256", "hyper"),
+    "PolypDEQ-add, HyperSolver": ("polypdeq-add-neopolyp-256", "hyper"),
 }
 # Of the table about starts: name, solver, folder in results/hypersolver.
 STARTS = (

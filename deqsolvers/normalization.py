@@ -54,7 +54,7 @@ def cached_weights(f: Any) -> contextlib.AbstractContextManager[None]:
     """
     modules = [module for root in modules_of(f) for module in root.modules()]
     parametrized = [module for module in modules if parametrize.is_parametrized(module)]
-    # A compiler before torch 2.7 can trace this one alone.
+    # The compiler of torch 2.6 can trace the latter alone.
     return _cached(parametrized) if parametrized else contextlib.nullcontext()
 
 

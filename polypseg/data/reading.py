@@ -1,10 +1,12 @@
-"""Decoding images and masks, with Pillow, into plain NumPy arrays."""
+"""Decoding images and masks, with Pillow (16-bit colours with OpenCV), into plain NumPy arrays."""
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -25,14 +27,17 @@ LARGEST_VALUES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 15, 16))
 LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP")
 LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")  # within a TIFF file
 LISTED_VALUES = 8
+# Pillow's names of colours with 16 bits each, of which it decodes the upper 8 alone. (Its BGR;16
+# has 16 bits for all three.)
+DEEP_COLOURS = re.compile("(LA|RGB|RGBA|RGBX|RGBa);16[BLN]")
 
 
 def read_image(path: Path | str) -> np.ndarray:
     """Read an image as RGB.
 
     Grey, palette, CMYK, RGBA (alpha dropped) and 16-bit files are converted; the EXIF orientation
-    is applied, so the array is what a viewer shows. A grey 16-bit file is scaled to 8 bits from the
-    smallest depth of 8, 10, 12, 14, 15 and 16 bits that holds its largest value.
+    is applied, so the array is what a viewer shows. A 16-bit file, grey or RGB, is scaled to 8 bits
+    from the smallest depth of 8, 10, 12, 14, 15 and 16 bits that holds its largest value.
 
     Args:
         path: the image file.
@@ -206,6 +211,7 @@ def _decode(path: Path) -> Image.Image:
         raise DataError([Fault(path, "there is no such file", "check the path")])
     try:
         with Image.open(path) as opened:
+            deep = any(DEEP_COLOURS.search(str(tile)) for tile in opened.tile)
             picture = ImageOps.exif_transpose(opened)
             picture.load()
     except Exception as error:  # on damaged bytes decoders raise almost anything, even SyntaxError
@@ -225,16 +231,35 @@ def _decode(path: Path) -> Image.Image:
                 )
             ]
         )
-    return picture
+    return _deep_colours(path, picture.convert("RGB")) if deep else picture
+
+
+def _deep_colours(path: Path, upper: Image.Image) -> Image.Image:
+    """A file of 16-bit colours as 8-bit RGB; ``upper`` has the upper bits of each, upright."""
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    values = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    # Two decoders have to agree, on the orientation too: not every OpenCV reads each kind of file.
+    if (
+        values is None
+        or values.dtype != np.uint16
+        or not np.array_equal(values[..., ::-1] // 256, np.asarray(upper))
+    ):
+        problem = "cannot be decoded with all 16 bits of its colours"
+        raise DataError([Fault(path, problem, "save it with 8 bits per channel")])
+    return Image.fromarray(_scale(values[..., ::-1]))
 
 
 def _to_eight_bits(picture: Image.Image) -> Image.Image:
     """Scale a picture of more than 8 bits from the smallest known depth that holds its values."""
     if not picture.mode.startswith("I"):
         return picture
-    # Pillow's own conversion clips 16-bit values at 255 instead of scaling them. Values that fit 8
-    # bits are left alone: writers often store an 8-bit mask in a 16-bit file.
-    values = np.asarray(picture).astype(np.int64)
+    # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
+    return Image.fromarray(_scale(np.asarray(picture)))
+
+
+def _scale(values: np.ndarray) -> np.ndarray:
+    """Values of more than 8 bits as uint8. Those that fit 8 bits are left alone: writers often
+    store an 8-bit mask in a 16-bit file."""
     brightest = int(values.max(initial=0))
     largest = next((value for value in LARGEST_VALUES if brightest <= value), LARGEST_VALUES[-1])
-    return Image.fromarray(np.clip(values * 255 // largest, 0, 255).astype(np.uint8))
+    return np.clip(values.astype(np.int64) * 255 // largest, 0, 255).astype(np.uint8)

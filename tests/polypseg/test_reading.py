@@ -1,7 +1,10 @@
 """Any image file becomes plain RGB, any mask zeros and ones, or an error names the file."""
 
+import struct
+import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -66,6 +69,65 @@ def test_files_of_fewer_than_sixteen_bits_are_scaled_by_their_depth(
     expected = np.floor(values / white * 255)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png")[..., 0], expected)
     np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), [[0, 0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 15, 16])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_sixteen_bit_colours_are_scaled_by_their_depth(
+    tmp_path: Path, bits: int, suffix: str, alpha: bool
+) -> None:
+    """As OpenCV writes them; Pillow alone sees the upper byte, which is 0 of an 8-bit picture."""
+    white = 2**bits - 1
+    values = np.random.default_rng(1).integers(0, white + 1, (6, 8, 3)).astype(np.uint16)
+    values[0, 0, 2] = white
+    opaque = np.full((6, 8, 1), 65535, np.uint16)
+    stored = np.concatenate([values[..., ::-1], opaque], axis=2) if alpha else values[..., ::-1]
+    path = tmp_path / f"a.{suffix}"
+    assert cv2.imwrite(str(path), stored)
+    np.testing.assert_array_equal(read_image(path), values.astype(int) * 255 // white)
+
+
+def test_sixteen_bit_colours_of_eight_bits_depth_twice_are_those_eight_bits(
+    tmp_path: Path, colours: np.ndarray
+) -> None:
+    colours[0, 0] = 255
+    assert cv2.imwrite(str(tmp_path / "a.png"), colours[..., ::-1].astype(np.uint16) * 257)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours)
+
+
+def test_sixteen_bit_colours_are_turned_as_exif_says(tmp_path: Path, colours: np.ndarray) -> None:
+    colours[0, 0] = 255
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    held = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(held) - 4) + held + struct.pack(">I", zlib.crc32(held))
+    _, png = cv2.imencode(".png", colours[..., ::-1].astype(np.uint16) * 257)
+    head = 33  # bytes: signature and IHDR
+    (tmp_path / "a.png").write_bytes(png.tobytes()[:head] + chunk + png.tobytes()[head:])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(colours, -1))
+
+
+@pytest.mark.parametrize("white", [1, 255, 4095, 65535])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_mask_of_sixteen_bit_colours_is_not_read_as_empty(
+    tmp_path: Path, white: int, suffix: str
+) -> None:
+    truth = np.random.default_rng(2).random((9, 7)) > 0.6
+    path = tmp_path / f"m.{suffix}"
+    assert cv2.imwrite(str(path), (truth[..., None] * np.full(3, white)).astype(np.uint16))
+    np.testing.assert_array_equal(read_mask(path), truth)
+
+
+def test_sixteen_bit_colours_that_two_decoders_read_differently_are_refused(
+    tmp_path: Path, colours: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = colours.astype(np.uint16) * 257
+    assert cv2.imwrite(str(tmp_path / "a.png"), deep)
+    for other in (None, colours, deep[::-1]):
+        monkeypatch.setattr(cv2, "imdecode", lambda *_, other=other: other)
+        with pytest.raises(DataError, match=r"a\.png: cannot .* all 16 bits .*; save it with 8"):
+            read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("white", [256, 257, 1000, 4095, 32767, 32768, 65535])

@@ -69,7 +69,7 @@ def audit_pairs(
         another size than its image, a mask that is grey or of other colours instead of black and
         white, be it on a region alone.
         Severity "warning": an empty or a full mask, an EXIF orientation on one file of a pair that
-        the other lacks.
+        the other lacks, a file of several pages.
     """
     return [
         fault
@@ -120,6 +120,8 @@ def _inspect(pair: Pair, fingerprints: bool, classes: int) -> Inspection:
             remedy = "check that the mask lies on the polyp, then rotate the pixels, drop the tag"
             problem = f"EXIF orientation differs from that of its mask {pair.mask.name}"
             faults.append(Fault(pair.image, problem, remedy, "warning"))
+    for path, decoded in ((pair.image, image), (pair.mask, stored)):
+        faults.extend([] if decoded is None else _further_pages(path))
     return Inspection(
         pair,
         faults,
@@ -161,3 +163,14 @@ def _extent(path: Path, mask: np.ndarray) -> list[Fault]:
 def _orientation(path: Path) -> int:
     with Image.open(path) as opened:
         return opened.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _further_pages(path: Path) -> list[Fault]:
+    with Image.open(path) as opened:
+        # What cameras put behind a photograph (MPO) is a preview or the view of the other eye.
+        several = opened.format != "MPO" and getattr(opened, "is_animated", False)
+    if not several:
+        return []
+    problem = "holds several pages, of which only the first is read"
+    remedy = "save those that count as files of their own, each with its mask"
+    return [Fault(path, problem, remedy, "warning")]

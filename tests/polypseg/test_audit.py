@@ -101,3 +101,35 @@ def test_real_test_sets_are_sound(real_data: Path) -> None:
     pairs = find_pairs(real_data / "TestDataset" / "CVC-ClinicDB")
     assert len(pairs) == 62
     assert audit_pairs(pairs) == []
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PNG"])
+def test_pages_that_are_not_read_are_a_warning(
+    write_pairs: Callable[..., Path], form: str
+) -> None:
+    root = write_pairs(["a", "b"])
+    for name in ("images/a.jpg", "masks/a.png"):
+        with Image.open(root / name) as first:
+            pages = [first.convert("L"), Image.new("L", first.size)]
+        (root / name).unlink()
+        path = (root / name).with_suffix(f".{form.lower()}")
+        pages[0].save(path, form, save_all=True, append_images=pages[1:])
+    faults = audit_pairs(find_pairs(root))
+    names = [fault.path.relative_to(root).as_posix() for fault in faults]
+    assert names == [f"images/a.{form.lower()}", f"masks/a.{form.lower()}"]
+    for fault in faults:
+        assert fault.severity == "warning"
+        assert fault.problem == "holds several pages, of which only the first is read"
+
+
+def test_what_a_camera_puts_behind_a_photograph_is_no_page(
+    write_pairs: Callable[..., Path],
+) -> None:
+    root = write_pairs(["a"])
+    path = root / "images" / "a.jpg"
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture.save(path, "MPO", save_all=True, append_images=[picture])
+    with Image.open(path) as opened:
+        assert opened.is_animated
+    assert audit_pairs(find_pairs(root)) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from polypseg.check_text import PROGRAM, as_json, as_text
 from polypseg.checkpoint import write_atomic
 from polypseg.data import Fault, scan_pairs
 from polypseg.data.audit import Inspection, inspect_pairs
-from polypseg.data.duplicates import Duplicate, find_duplicates
+from polypseg.data.duplicates import Alike, Duplicate, Place, find_duplicates, group_duplicates
 from polypseg.data.folders import left_out_faults
 from polypseg.data.groups import compile_group
 from polypseg.data.splits import scan_test_folders
@@ -24,6 +24,7 @@ from polypseg.data.whole import mask_faults, split_faults
 TRAIN = "TrainDataset"
 TEST = "TestDataset"
 STDOUT = Path("-")
+NAMED_TWINS = 10  # of the others that an image is the same as
 Role = Literal["training", "test", "unknown"]
 
 
@@ -53,7 +54,11 @@ class Check:
 
     def across(self, found: Duplicate) -> bool:
         """Whether one of the two is a training and the other a test image."""
-        return _roles(found, self.roles) == {"training", "test"}
+        return self.on_both_sides((found.first, found.second))
+
+    def on_both_sides(self, places: Iterable[Place]) -> bool:
+        """Whether there are training and test images among some."""
+        return {"training", "test"} <= {self.roles[name] for name, _ in places}
 
 
 def check_folders(
@@ -111,7 +116,10 @@ def check_folders(
     )
     check = Check(folders, roles, inspections, faults, duplicates)
     duplicates.sort(key=lambda found: not check.across(found))  # stable: what matters comes first
-    faults += [_duplicate_fault(found, check) for found in duplicates]
+    alike = sorted(
+        group_duplicates(duplicates), key=lambda found: not check.on_both_sides(found.places)
+    )
+    faults += [_duplicate_fault(found, check) for found in alike]
     for name, inspected in inspections.items():
         if roles[name] != "test":
             within = [one for one in duplicates if one.first[0] == one.second[0] == name]
@@ -138,27 +146,34 @@ def _role(folder: Path) -> Role:
     return "test" if path.parent.name == TEST else "unknown"
 
 
-def _roles(found: Duplicate, roles: dict[str, Role]) -> set[Role]:
-    return {roles[found.first[0]], roles[found.second[0]]}
-
-
-def _duplicate_fault(found: Duplicate, check: Check) -> Fault:
-    (group, index), (other_group, other_index) = found.first, found.second
-    first = check.inspections[group][index].pair
-    second = check.inspections[other_group][other_index].pair
+def _duplicate_fault(found: Alike, check: Check) -> Fault:
+    order = {name: number for number, name in enumerate(check.folders)}
+    first, *others = sorted(found.places, key=lambda place: (order[place[0]], place[1]))
+    # Those of another role come first, so that they are not among what is cut off.
+    others.sort(key=lambda place: check.roles[place[0]] == check.roles[first[0]])
+    image, *twins = (check.inspections[name][index].pair.image for name, index in (first, *others))
+    pair = len(others) == 1
+    hash_share = f"{1 - found.distance:.0%} of its hash{'' if pair else ' or more'}"
     likeness = (
         "has the same pixels as"
         if found.kind == "exact"
-        else f"looks nearly the same ({1 - found.distance:.0%} of its hash) as"
+        else f"looks nearly the same ({hash_share}) as"
     )
-    problem = f"{likeness} {second.image}"
-    if check.across(found):
+    problem = f"{likeness} {', '.join(map(str, twins[:NAMED_TWINS]))}"
+    if len(twins) > NAMED_TWINS:
+        problem += f" and {len(twins) - NAMED_TWINS} more"
+    if found.kind == "near" and not pair:
+        problem += ", all of them alike"
+    across = check.on_both_sides(found.places)
+    if across and pair:
         problem += ", one being a training and one a test image"
         remedy = "take one of them out of its set, or say so beside every figure"
+    elif across:
+        problem += ", some being training and some test images"
+        remedy = "take the training or the test images out, or say so beside every figure"
     else:
-        remedy = "keep one of them, unless both are meant to count"
-    error = check.across(found) and found.kind == "exact"
-    return Fault(first.image, problem, remedy, "error" if error else "warning")
+        remedy = f"keep one of them, unless {'both' if pair else 'all'} are meant to count"
+    return Fault(image, problem, remedy, "error" if across and found.kind == "exact" else "warning")
 
 
 def _parser() -> argparse.ArgumentParser:

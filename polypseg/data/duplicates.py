@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -19,6 +21,8 @@ HASH_BITS = 2 * HASH_SIDE**2
 # same video". Copies that were cropped by 2 % on every side differ in 61 bits at most.
 NEAR_BITS = 72
 ROWS_AT_ONCE = 1024
+Kind = Literal["exact", "near"]
+Place = tuple[str, int]  # group and position
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,23 @@ class Duplicate:
         distance: share of the hash's bits that differ, 0 to 1.
     """
 
-    first: tuple[str, int]
-    second: tuple[str, int]
-    kind: Literal["exact", "near"]
+    first: Place
+    second: Place
+    kind: Kind
+    distance: float
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Images each of which is the same as each other, or nearly so.
+
+    Attributes:
+        kind: "exact" if all pixels of all agree.
+        distance: the largest of two of them.
+    """
+
+    places: list[Place]
+    kind: Kind
     distance: float
 
 
@@ -97,7 +115,37 @@ def find_duplicates(groups: Mapping[str, Sequence[Fingerprint | None]]) -> list[
             if other > first:
                 same = prints[first].digest == prints[other].digest
                 share = float(distance[row, other]) / HASH_BITS
-                kind: Literal["exact", "near"] = "exact" if same else "near"
+                kind: Kind = "exact" if same else "near"
                 duplicates.append(Duplicate(places[first], places[other], kind, share))
     order = {place: number for number, place in enumerate(places)}
     return sorted(duplicates, key=lambda found: (order[found.first], found.distance))
+
+
+def group_duplicates(duplicates: Sequence[Duplicate]) -> list[Alike]:
+    """Say the same with few words: of fifty black frames 1225 pairs are alike.
+
+    Returns:
+        Groups that together hold every pair, and no pair that is none; exact ones first. To be
+        nearly the same is not transitive: an image may be in several groups.
+    """
+    distances = {frozenset((one.first, one.second)): one.distance for one in duplicates}
+    groups = []
+    kinds: tuple[Kind, ...] = ("exact", "near")
+    for kind in kinds:
+        alike: dict[Place, set[Place]] = defaultdict(set)
+        for found in duplicates:
+            if kind in ("near", found.kind):  # what is the same is nearly the same, too
+                alike[found.first].add(found.second)
+                alike[found.second].add(found.first)
+        told: set[frozenset[Place]] = set()
+        for found in duplicates:
+            if found.kind != kind or frozenset((found.first, found.second)) in told:
+                continue
+            places = [found.first, found.second]
+            for place in sorted(alike[found.first] & alike[found.second]):
+                if alike[place].issuperset(places):
+                    places.append(place)
+            pairs = [frozenset(pair) for pair in combinations(places, 2)]
+            told.update(pairs)
+            groups.append(Alike(places, kind, max(distances[pair] for pair in pairs)))
+    return groups

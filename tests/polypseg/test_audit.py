@@ -104,9 +104,7 @@ def test_real_test_sets_are_sound(real_data: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["TIFF", "PNG"])
-def test_pages_that_are_not_read_are_a_warning(
-    write_pairs: Callable[..., Path], form: str
-) -> None:
+def test_pages_that_are_not_read_are_a_warning(write_pairs: Callable[..., Path], form: str) -> None:
     root = write_pairs(["a", "b"])
     for name in ("images/a.jpg", "masks/a.png"):
         with Image.open(root / name) as first:

@@ -132,6 +132,31 @@ def test_duplicates_within_and_across_train_and_test(data, capsys):
     assert [(found.kind, found.distance) for found in check.duplicates] == [("exact", 0.0)] * 2
 
 
+def test_frames_that_are_all_alike_are_told_on_one_line(data, capsys):
+    train, test = data / "TrainDataset", data / "TestDataset" / "Synthetic"
+    mask = sorted((train / "masks").iterdir())[0]
+    for number in range(24):  # hardly a pixel is not black, and no two are the same
+        frame = np.zeros((80, 80, 3), np.uint8)
+        frame[0, number] = 1
+        folder = test if number == 23 else train
+        Image.fromarray(frame).save(folder / "images" / f"black_{number}.png")
+        shutil.copy(mask, folder / "masks" / f"black_{number}.png")
+    assert cli.check([str(data)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "looks nearly the same" in line]
+    begin = f"warning: {train / 'images' / 'black_0.png'}: looks nearly the same (100% of its hash"
+    assert line.startswith(f"{begin} or more) as {test / 'images' / 'black_23.png'}, {train}")
+    assert "black_9.png and 13 more, all of them alike, some being training and some test" in line
+    Image.fromarray(np.zeros((80, 80, 3), np.uint8)).save(test / "images" / "black_23.png")
+    for number in range(23):
+        shutil.copy(test / "images" / "black_23.png", train / "images" / f"black_{number}.png")
+    assert cli.check([str(data)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "has the same pixels as" in line]
+    assert line.startswith(f"error: {train / 'images' / 'black_0.png'}: has the same pixels as ")
+    assert f"{test / 'images' / 'black_23.png'}, " in line
+
+
 def copy_pair(source: Path, target: Path, stem: str) -> None:
     for kind, suffix in (("images", "jpg"), ("masks", "png")):
         (target / kind).mkdir(parents=True, exist_ok=True)

@@ -201,6 +201,8 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def _value(text: str) -> Any:
+    if not text.strip():
+        return ""  # data.group= empties a pattern; YAML would have null there
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

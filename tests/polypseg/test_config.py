@@ -95,6 +95,16 @@ def test_a_pattern_that_is_no_yaml_is_taken_as_it_stands(pattern: str) -> None:
     assert make_config(overrides=[f"data.group={pattern}"]).data.group == pattern
 
 
+def test_nothing_after_the_equals_sign_empties_a_text_and_is_no_number() -> None:
+    pattern = {"data": {"group": r"(\d+)_"}}
+    assert make_config(pattern, ["data.group="]).data.group == ""
+    with pytest.raises(ConfigError) as caught:
+        make_config({}, ["seed=", "explicit.lr=", "data.scales="])
+    for wanted in ("seed must be of type int, got ''", "explicit.lr must be of type float, got ''"):
+        assert wanted in str(caught.value)
+    assert "data.scales must be a list of numbers, got ''" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [

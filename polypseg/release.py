@@ -120,11 +120,9 @@ def _place(made: Path, out: Path, evaluation: Evaluation, card: str) -> None:
         write_atomic(out / path.name, path.read_bytes())
     if not (made / RECORD).exists():
         (out / RECORD).unlink(missing_ok=True)  # of an earlier release
-    write_evaluation(replace(evaluation, settings={**evaluation.settings, "run": str(out)}))
     # The rows per image are the run's to keep; the card has what users of the weights need.
-    for name, by_solver in evaluation.rows.items():
-        for solver in by_solver:
-            (evaluation.out / f"{name}-{solver}.csv").unlink()
+    settings = {**evaluation.settings, "run": str(out)}
+    write_evaluation(replace(evaluation, rows={}, settings=settings))
     write_atomic(out / CARD, card.encode())
 
 

@@ -35,6 +35,8 @@ def test_the_models_of_the_repository_are_whole_and_small():
     for folder in folders:
         check_sums(folder)
         assert load_model(folder, "hyper")
+        files = json.loads((folder / "evaluation" / "summary.json").read_text())["files"]
+        assert all((folder / "evaluation" / name).is_file() for name in files)
     assert sum(path.stat().st_size for path in models.rglob("*") if path.is_file()) <= 20e6
 
 
@@ -110,6 +112,8 @@ def test_the_card_of_a_run_without_a_record_holds_what_is_given_and_no_more(
     }  # fmt: skip
     record = json.loads((out / "evaluation" / "summary.json").read_text())
     assert record["run"] == str(out)
+    held = {path.name for path in (out / "evaluation").iterdir()}
+    assert held == {"summary.json", *record["files"]}
 
 
 def test_a_record_is_told_and_goes_with_the_release(

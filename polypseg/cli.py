@@ -28,7 +28,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
 def predict(argv: Sequence[str] | None = None) -> int:
     """`polypseg-predict`: segment images with a run."""
-    return _run("predict", "the masks written so far are complete", argv)
+    return _run("predict", "the masks and tables written so far are complete", argv)
 
 
 def check(argv: Sequence[str] | None = None) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from polypseg.checkpoint import write_atomic
-from polypseg.data import read_image
+from polypseg.data import DataError, Fault, read_image
 from polypseg.drawing import encode, encode_labels, overlay_labels
 from polypseg.metrics import THRESHOLD
 from polypseg.predictor import Predictor, available_solvers
@@ -81,40 +82,54 @@ def predict_files(
         out: a folder that does not exist yet or is empty.
         command: the command line, for the record.
 
+    Whatever ends the work before its end, the tables are written of what is done, `missing` in
+    `predictions.json` names the rest, and a line on stderr says so. A file that can no longer be
+    read does not keep the others from being segmented.
+
     Raises:
         DataError: a source holds nothing, a file cannot be read, two images or two videos have one
             stem, or `out` holds something. All that is wrong is told together, and nothing is
-            written then.
+            written then. Also if files can no longer be read once it is their turn.
     """
     files, videos = find_sources(sources, out)
-    rows: list[PredictionRow] = []
-    boxes = []
-    for file in tqdm(files, desc="predicting", unit="image", disable=None):
-        image = read_image(file)
-        result = predictor.predict(image, measure=True)
-        mask = result.mask
-        classes = len(result.probabilities)
-        write_atomic(out / "masks" / f"{file.stem}.png", encode_labels(result.labels, classes))
-        write_atomic(
-            out / "overlays" / f"{file.stem}.jpg",
-            encode(overlay_labels(image, result.labels, classes), "JPEG"),
-        )
-        boxes.append(find_polyps(mask))
-        rows.append(
-            PredictionRow(
-                file=str(file),
-                width=mask.shape[1],
-                height=mask.shape[0],
-                polyps=len(boxes[-1]),
-                **result.as_row(),
-            )
-        )
-    found = {video: predict_video(predictor, video, out) for video in videos}
-    if rows:
-        write_atomic(out / "predictions.csv", to_csv(rows, PredictionRow))
-    predictions = Predictions(rows, boxes, found)
-    write_atomic(out / "predictions.json", _record(predictor, predictions, command))
-    return predictions
+    done = Predictions([], [], {})
+    faults: list[Fault] = []
+    try:
+        for file in tqdm(files, desc="predicting", unit="image", disable=None):
+            with _kept(faults):
+                _predict_image(predictor, file, out, done)
+        for video in videos:
+            with _kept(faults):
+                done.videos[video] = predict_video(predictor, video, out)
+    finally:  # also after a full disk or an interrupt, which would cost hours of work
+        _write_tables(predictor, done, [*files, *videos], out, command)
+    if faults:
+        raise DataError(faults)
+    return done
+
+
+@contextlib.contextmanager
+def _kept(faults: list[Fault]) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        faults.extend(error.faults)
+
+
+def _predict_image(predictor: Predictor, file: Path, out: Path, done: Predictions) -> None:
+    image = read_image(file)
+    result = predictor.predict(image, measure=True)
+    mask = result.mask
+    classes = len(result.probabilities)
+    write_atomic(out / "masks" / f"{file.stem}.png", encode_labels(result.labels, classes))
+    write_atomic(
+        out / "overlays" / f"{file.stem}.jpg",
+        encode(overlay_labels(image, result.labels, classes), "JPEG"),
+    )
+    polyps = find_polyps(mask)
+    height, width = mask.shape
+    done.images.append(PredictionRow(str(file), width, height, len(polyps), **result.as_row()))
+    done.boxes.append(polyps)
 
 
 def find_polyps(mask: np.ndarray) -> list[dict[str, int]]:
@@ -128,7 +143,27 @@ def find_polyps(mask: np.ndarray) -> list[dict[str, int]]:
     return sorted(regions, key=lambda region: -region["pixels"])
 
 
-def _record(predictor: Predictor, predictions: Predictions, command: str) -> bytes:
+def _write_tables(
+    predictor: Predictor, done: Predictions, asked: Sequence[Path], out: Path, command: str
+) -> None:
+    finished = {*(row.file for row in done.images), *map(str, done.videos)}
+    if not finished:
+        return
+    missing = [str(file) for file in asked if str(file) not in finished]
+    if done.images:
+        write_atomic(out / "predictions.csv", to_csv(done.images, PredictionRow))
+    write_atomic(out / "predictions.json", _record(predictor, done, missing, command))
+    if missing:
+        print(
+            f"{len(missing)} of {len(asked)} files are missing in {out}, which predictions.json "
+            "names; masks, overlays and tables of the others are there",
+            file=sys.stderr,
+        )
+
+
+def _record(
+    predictor: Predictor, predictions: Predictions, missing: list[str], command: str
+) -> bytes:
     source = predictor.source
     record = {
         "program": PROGRAM,
@@ -149,6 +184,7 @@ def _record(predictor: Predictor, predictions: Predictions, command: str) -> byt
             {"file": str(video), "frames": len(rows), "warm_start": asdict(saved)}
             for video, (rows, saved) in predictions.videos.items()
         ],
+        "missing": missing,
     }
     return json.dumps(json_values(record), indent=2).encode()
 

@@ -1,6 +1,7 @@
 """Segmenting a person's own images."""
 
 import csv
+import errno
 import hashlib
 import json
 import shlex
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polypseg import cli
+from polypseg import cli, predict
+from polypseg.checkpoint import OutOfSpaceError
 from polypseg.data import DataError, read_image
 from polypseg.drawing import overlay
 from polypseg.predict import predict_files
@@ -181,6 +183,60 @@ def test_all_that_is_wrong_is_named_and_nothing_is_written(tiny_run, images, tmp
     assert "nothing*.png: there is no such file or folder" in message
     assert "Traceback" not in message
     assert not out.exists()
+
+
+@pytest.fixture
+def during(monkeypatch):
+    """Do something as an image's turn comes, after all of them have been read once."""
+
+    def arrange(name, action):
+        def read(path):
+            if Path(path).name == name:
+                action(Path(path))
+            return read_image(path)
+
+        monkeypatch.setattr(predict, "read_image", read)
+
+    return arrange
+
+
+def test_a_file_that_vanishes_meanwhile_costs_no_other(tiny_run, images, tmp_path, during, capsys):
+    during("grey.png", Path.unlink)
+    out = tmp_path / "out"
+    assert cli.predict([str(images), "--run", str(tiny_run), "--out", str(out)]) == 1
+    message = capsys.readouterr().err
+    assert f"1 of 3 files are missing in {out}" in message
+    assert f"error: {images / 'grey.png'}: there is no such file" in message
+    names = [Path(row["file"]).name for row in read_csv(out / "predictions.csv")]
+    assert names == ["a photo.jpg", "turned.jpg"]
+    record = json.loads((out / "predictions.json").read_text())
+    assert [Path(row["file"]).name for row in record["images"]] == names
+    assert record["missing"] == [str(images / "grey.png")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(OutOfSpaceError(errno.ENOSPC, "no room"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_what_is_done_is_in_the_tables_whatever_ends_the_work(
+    tiny_run, images, tmp_path, during, error, code
+):
+    def fail(path):
+        raise error
+
+    during("grey.png", fail)
+    out = tmp_path / "out"
+    assert cli.predict([str(images), "--run", str(tiny_run), "--out", str(out)]) == code
+    (row,) = read_csv(out / "predictions.csv")
+    assert row["file"] == str(images / "a photo.jpg")
+    record = json.loads((out / "predictions.json").read_text())
+    assert record["missing"] == [str(images / name) for name in ("grey.png", "turned.jpg")]
+
+
+def test_a_failure_before_the_first_result_writes_nothing(tiny_run, images, tmp_path, during):
+    during("grey.png", Path.unlink)
+    arguments = [str(images / "grey.png"), "--run", str(tiny_run), "--out", str(tmp_path / "out")]
+    assert cli.predict(arguments) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_of_one_name_in_two_folders_are_refused(tiny_run, images, tmp_path):

@@ -107,11 +107,14 @@ def _open_run(
     folder: Path = arguments.run
     writer = summary_writer() if arguments.tensorboard else None
     if processes.first:
+        draws = arguments.demo and arguments.data is None
+        if draws:  # into the run directory, where two at once would take each other's images away
+            _claim(folder, stack)
         data = _data(arguments)
-        # Whatever is wrong is an error before anything is written.
+        # Whatever is wrong is an error before anything else is written.
         warnings = _refuse_bad_input(data, start, config, tested=arguments.evaluate)
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(lock_folder(folder))
+        if not draws:
+            _claim(folder, stack)
         remove_unfinished(folder)
         split = _split(data, config)
         lineage = make_lineage(split, start)
@@ -146,6 +149,11 @@ def _open_run(
     board = writer(folder / "tensorboard") if writer and processes.first else None
     run = Run(folder, config, split, validation, device, results, log, processes, board)
     return run, data
+
+
+def _claim(folder: Path, stack: contextlib.ExitStack) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(lock_folder(folder))
 
 
 def _split(data: Path, config: Config) -> Split:

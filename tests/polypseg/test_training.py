@@ -16,6 +16,7 @@ from polypseg.checkpoint import CheckpointError, load_state, load_weights
 from polypseg.config import ConfigError, load_recipe, make_config, recipes
 from polypseg.data import PolypDataset, batches, find_pairs, make_synthetic
 from polypseg.objective import Objective
+from polypseg.runs import lock_folder
 from polypseg.train import main
 from polypseg.validation import score
 
@@ -320,6 +321,18 @@ def test_the_paper_recipe_holds_the_papers_numbers() -> None:
     assert config.data.scales == (0.75, 1.0, 1.25)
     with pytest.raises(ConfigError, match="no recipe 'unet'; known: demo, mdeq-paper"):
         load_recipe("unet")
+
+
+def test_a_second_demo_leaves_the_images_of_the_first_alone(tmp_path: Path) -> None:
+    half_drawn = tmp_path / "data.partial" / "TrainDataset"
+    half_drawn.mkdir(parents=True)
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(ValueError, match="another training is at work in this run directory"),
+    ):
+        main([str(tmp_path), "--demo"])
+    assert half_drawn.exists()
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from polypseg import cli
 from polypseg.check_text import PROGRAM, as_json, as_text
 from polypseg.checkpoint import write_atomic
 from polypseg.data import Fault, scan_pairs
@@ -235,3 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         write_atomic(options.json, document.encode())
     return int(check.errors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.check())

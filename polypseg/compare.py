@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from polypseg import cli
 from polypseg.checkpoint import write_atomic
 from polypseg.evaluation import earlier_evaluation
 from polypseg.report import EVALUATION
@@ -217,3 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         write_atomic(options.json, json.dumps(json_values(record), indent=2).encode())
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.compare())

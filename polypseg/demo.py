@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from polypseg import cli
 from polypseg.data import DataError, read_image
 from polypseg.drawing import encode_labels, overlay_labels
 from polypseg.examples import TRACED_EVALUATIONS
@@ -196,3 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Open {address} in a browser; Ctrl-C ends it.", flush=True)
     page.block_thread()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.demo())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from polypseg import cli
 from polypseg.data import Pair, read_image, read_pair
 from polypseg.data.classes import CLASS_NAMES
 from polypseg.evaluation import PROGRAM, Evaluation, earlier_files, write_evaluation
@@ -281,3 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is None:
         print(f"Report: {report_evaluation(options.run, evaluation)}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.evaluate())

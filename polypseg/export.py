@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import secrets
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deqsolvers.state import Layout
+from polypseg import cli
 from polypseg.checkpoint import write_atomic
 from polypseg.config import Config
 from polypseg.data import normalize
@@ -226,3 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"Input and output: {options.out}.json")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.export())

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from polypseg import cli
 from polypseg.checkpoint import write_atomic
 from polypseg.data import DataError, Fault, read_image
 from polypseg.drawing import encode, encode_labels, overlay_labels
@@ -249,3 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {saved}")
     print(f"Masks, overlays and tables: {options.out}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.predict())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from polypseg import cli
 from polypseg.checkpoint import CheckpointError, remove_unfinished, write_atomic
 from polypseg.config import (
     Config,
@@ -285,3 +286,7 @@ def _log_warnings(log: logging.Logger, warnings: list[Fault]) -> None:
         log.warning("%s", fault)
     if len(warnings) > PRINTED_WARNINGS:
         log.warning("... and %d more warnings", len(warnings) - PRINTED_WARNINGS)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.train())

@@ -1,6 +1,7 @@
 """Exit codes and messages of the console commands."""
 
 import errno
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -65,6 +66,15 @@ def test_known_errors_are_a_short_message_and_exit_code_1(command, error, messag
     assert captured.err.startswith(f"polypseg-{name}: error: {message}")
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_module_run_by_name_is_its_command(name, monkeypatch):
+    monkeypatch.setattr(cli, name, lambda: 7)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"polypseg.{name}", run_name="__main__")
+    assert stopped.value.code == 7
 
 
 def test_a_fault_of_the_program_is_not_hidden(command):

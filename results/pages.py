@@ -26,7 +26,8 @@ from polypseg.scores import SummaryRow, read_rows
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
-RUN = "polypdeq-res-256-long"  # the run whose figures the README shows
+RUN = "polypdeq-res-352"  # the run whose figures the README shows
+BEFORE = "polypdeq-res-256-long"  # from whose implicit weights it goes on
 # By the paper's name of each system: the run and the solver that stand beside it.
 SYSTEMS = {
     "MDEQ, explicit": ("mdeq-256-all", "explicit"),
@@ -94,7 +95,12 @@ def readme() -> str:
     config = load_run_config(run / "config.yaml")
     last = {row["phase"]: row for row in read_epochs(run / "results.csv")}
     epochs = " + ".join(row["epoch"] for row in last.values())
-    text = f"All three phases at {config.data.size} px, {epochs} epochs:\n\n" + "\n".join(lines)
+    before = load_run_config(RESULTS / BEFORE / "config.yaml")
+    text = (
+        f"All three phases at {config.data.size} px, {epochs} epochs, after "
+        f"{before.explicit.epochs} + {before.implicit.epochs} at {before.data.size} px:\n\n"
+    )
+    text += "\n".join(lines)
     closing = ""
     if config.data.train_on != "all":  # else the network has seen the validation images
         dice = {phase: 100 * float(row["val_dice"]) for phase, row in last.items()}
@@ -119,10 +125,18 @@ def readme() -> str:
         f"epochs on a GPU; ours differs from it by {change[0]} and {change[1]}."
     )
     command = (
-        "```sh\npolypseg-train runs/mine --data DATA --encoder-weights mit_b0_ade20k.safetensors "
+        "```sh\npolypseg-train runs/256 --data DATA --encoder-weights mit_b0_ade20k.safetensors "
+        f"--config results/{BEFORE}/config.yaml\n"
+        "mkdir runs/start && cp runs/256/config.yaml runs/256/implicit.safetensors runs/start\n"
+        "polypseg-train runs/mine --data DATA --start-from runs/start "
         f"--config results/{RUN}/config.yaml\npolypseg-evaluate runs/mine --data DATA\n```"
     )
     return "\n\n".join([text, textwrap.fill(closing, 105), _systems(), command])
+
+
+def _short(distance: float) -> str:
+    """Three decimals, or two digits where those would say little."""
+    return f"{distance:.3f}" if distance >= 0.01 else f"{distance:.1e}".replace("e-0", "e-")
 
 
 def _systems() -> str:
@@ -170,7 +184,7 @@ def hypersolver() -> str:
             (row["solver"], int(row["evaluations"])): float(row["distance"]) for row in _read(path)
         }
         radius = json.loads(path.with_suffix(".json").read_text())["spectral_radius"]["mean"]
-        cells = [f"{distance[s, n]:.3f}" for s, each in counts.items() for n in each]
+        cells = [_short(distance[s, n]) for s, each in counts.items() for n in each]
         lines.append(f"| `{path.parent.name}` | {radius:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

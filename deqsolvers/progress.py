@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deqsolvers.modes import may_look, may_overwrite, physical
+from deqsolvers.norms import SQUARES_FROM, safe_row_norms
 from deqsolvers.options import Options
 from deqsolvers.solution import Solution, Status
 from deqsolvers.solvers.history import row_norms
@@ -21,8 +22,6 @@ _DIVERGED_FACTOR = 1e10
 # samples, and others have moved.
 _REOPEN_FACTOR = 1.1
 _GROWN_FACTOR = 10.0  # the growth that makes a sample that did not converge a diverged one
-# Norms from which on the squares of all that counts in them are normal numbers.
-_SQUARES_FROM = {torch.float32: 1e-15, torch.float64: 1e-145}
 
 
 class Progress:
@@ -53,7 +52,7 @@ class Progress:
         infinite = z.new_full((batch,), torch.inf)
         zero = torch.zeros(batch, dtype=torch.int64, device=z.device)
         # Numbers to compare with, as tensors: torch takes longer to compare with a number.
-        self._squares_from = z.new_full((batch,), _SQUARES_FROM[z.dtype])  # below, squares vanish
+        self._squares_from = z.new_full((batch,), SQUARES_FROM[z.dtype])  # below, squares vanish
         self._tol = None if options.tol is None else z.new_full((batch,), options.tol)
         self.best_residual = infinite
         self._best_size = infinite  # its ||f(z) - z||
@@ -88,7 +87,7 @@ class Progress:
     def _relate_best(self) -> None:
         """Make a residual of the best ``||f(z) - z||``, where that has done so far."""
         if self._best_g is not None:  # what f returned there may have been written over
-            scale = _row_norms(self.best_z + self._best_g)
+            scale = safe_row_norms(self.best_z + self._best_g)
             self.best_residual = self._best_size / scale.clamp_min(torch.finfo(scale.dtype).tiny)
             self._best_g = None
 
@@ -130,12 +129,12 @@ class Progress:
             self._unwritten = None
 
     def _measure_each(self, step: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        size = residual = _row_norms(g)
+        size = residual = safe_row_norms(g)
         if self.options.relative:
-            residual = size / _row_norms(fz).clamp_min(torch.finfo(size.dtype).tiny)
+            residual = size / safe_row_norms(fz).clamp_min(torch.finfo(size.dtype).tiny)
         if step == 0:
             self._first = size
-            self._scale = torch.maximum(size, _row_norms(fz))
+            self._scale = torch.maximum(size, safe_row_norms(fz))
         self._reopen(residual, size, fz)
         running = self._measured = self.running
         finite = size < torch.inf  # false for NaN too
@@ -178,7 +177,7 @@ class Progress:
         self._best_size = torch.where(risen, torch.inf, self._best_size)
         self._mark = torch.where(risen, torch.inf, self._mark)
         self._first = torch.where(risen, size, self._first)
-        scale = torch.maximum(size, _row_norms(fz))
+        scale = torch.maximum(size, safe_row_norms(fz))
         self._scale = torch.where(risen, scale, self._scale)
 
     def _judge(
@@ -277,19 +276,6 @@ class Progress:
             rows_evaluated=rows_evaluated,
             trace=trace,
         )
-
-
-def _row_norms(x: Tensor) -> Tensor:
-    """(b,) Euclidean norms that neither overflow nor vanish where the entries do not."""
-    norms = torch.linalg.vector_norm(x, dim=1)
-    # The long way costs several times as much on a CPU, but there a look at the norms is free.
-    if may_look(x) and bool(((norms > _SQUARES_FROM[x.dtype]) & (norms < torch.inf)).all()):
-        return norms
-    if x.dtype == torch.float32:
-        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
-    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True)
-    scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
-    return torch.linalg.vector_norm(x / scale, dim=1) * scale.squeeze(1)
 
 
 class _Results:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deqsolvers.modes import may_look
+from deqsolvers.norms import safe_row_norms
 from deqsolvers.solvers.base import Memory, Solver, check_count
 from deqsolvers.state import Layout
 
@@ -94,11 +95,11 @@ class NewtonKrylov(Solver):
         )
 
     def step(self, memory: _NewtonMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(g, dim=1).double()
+        size = safe_row_norms(g).double()
         if memory.point is None:
             memory.point = _Point(z, g.clone(), size, _probe_length(memory.epsilon, z, fz))
             memory.probing = torch.ones_like(memory.probing)
-            return z + memory.point.probe * _normalised(g)
+            return z + memory.point.probe * _normalised(memory.point)
         point = memory.point
         newest, ready = self._use_probe(memory, point, g)
         accepted = self._judge_trial(memory, point, size)
@@ -116,7 +117,7 @@ class NewtonKrylov(Solver):
         memory.share = torch.where(ready, 1.0, memory.share)
         memory.probing = accepted | (memory.probing & ~ready)
 
-        direction = torch.where(moved, _normalised(point.g), newest)
+        direction = torch.where(moved, _normalised(point), newest)
         share = memory.share.unsqueeze(1).to(z.dtype)
         trial = torch.where(share > 0, share * memory.newton, point.g)
         probing = memory.probing.unsqueeze(1)
@@ -162,9 +163,10 @@ class NewtonKrylov(Solver):
         memory.length = memory.length + new
 
         in_use = torch.arange(self.memory, device=g.device) < memory.length.unsqueeze(1)
-        explained = torch.where(in_use, memory.products, 0.0).square().sum(1)
-        left = (point.size.square() - explained).clamp_min(0).sqrt()
-        enough = (left <= memory.forcing * point.size) | (memory.length == self.memory)
+        # Of ||g||, whose own square may overflow.
+        shares = torch.where(in_use, memory.products / _length(point), 0.0)
+        left = (1 - shares.square().sum(1)).clamp_min(0).sqrt()
+        enough = (left <= memory.forcing) | (memory.length == self.memory)
         return newest, probing & (enough | ~new)
 
     def _judge_trial(self, memory: _NewtonMemory, point: _Point, size: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ class NewtonKrylov(Solver):
         lower = size <= (1 - _SUFFICIENT * share) * point.size
         accepted = trying & (lower | plain)
         # The parabola through ||g||^2 at both ends, whose slope is -2 ||g||^2 for a Newton step.
-        ratio = (size / torch.where(point.size > 0, point.size, 1.0)).square()
+        ratio = (size / _length(point).squeeze(1)).square()
         shorter = share / (ratio - 1 + 2 * share).clamp_min(1e-300) * share
         shorter = torch.where(shorter < torch.inf, shorter, 0.0)
         shorter = torch.maximum(torch.minimum(shorter, 0.5 * share), 0.1 * share)
@@ -202,7 +204,7 @@ class NewtonKrylov(Solver):
         weights = torch.linalg.solve_triangular(triangle, right, upper=True).squeeze(2)
         weights = weights.to(point.g.dtype)
         # Directions: g / ||g||, then every q but the last.
-        step = _normalised(point.g) * weights[:, :1]
+        step = _normalised(point) * weights[:, :1]
         if filled > 1:
             later = memory.basis[:, : filled - 1]
             step = step + torch.bmm(weights[:, None, 1:], later).squeeze(1)
@@ -211,13 +213,18 @@ class NewtonKrylov(Solver):
         memory.newton = torch.where(ready.unsqueeze(1), step, memory.newton)
 
 
-def _normalised(g: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-    return g / torch.where(length > 0, length, 1.0)
+def _length(point: _Point) -> Tensor:
+    """(B, 1) float64, ||g|| there; 1 in place of 0."""
+    return torch.where(point.size > 0, point.size, 1.0).unsqueeze(1)
+
+
+def _normalised(point: _Point) -> Tensor:
+    """(B, features) g / ||g|| there."""
+    return point.g / _length(point).to(point.g.dtype)
 
 
 def _probe_length(epsilon: float, z: Tensor, fz: Tensor) -> Tensor:
     """(B, 1): short beside z and f(z), long beside their rounding."""
-    size = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    size = size + torch.linalg.vector_norm(fz, dim=1, keepdim=True)
-    return torch.where(size > 0, epsilon * size, epsilon)
+    # Each by itself, because the sum may overflow.
+    size = epsilon * safe_row_norms(z) + epsilon * safe_row_norms(fz)
+    return torch.where(size > 0, size, epsilon).unsqueeze(1)

@@ -201,6 +201,27 @@ def test_extreme_units_in_single_precision(solver: str, scale: float) -> None:
     torch.testing.assert_close(solution.z / scale, problem.solution, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1e-30),
+        (torch.float32, 1e30),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e200),
+    ],
+)
+def test_newton_krylov_goes_the_same_way_where_squares_leave_the_range(
+    dtype: torch.dtype, scale: float
+) -> None:
+    """Plain steps, which it takes without a Jacobian, would be twice as many here."""
+    problem = tanh_deq(dtype=dtype)
+    here = solve(problem, NewtonKrylov(4), tol=1e-5)
+    there = solve(scaled(problem, scale), NewtonKrylov(4), tol=1e-5)
+    assert there.statuses() == here.statuses() == [Status.CONVERGED] * len(problem.z0)
+    assert (there.steps - here.steps).abs().max() <= (0 if dtype == torch.float64 else 1)
+    torch.testing.assert_close(there.z / scale, here.z, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("solver", ["anderson 5", "broyden 20"])
 def test_a_wide_state_takes_the_path_of_a_narrow_one(solver: str) -> None:
     """Above a certain width the history is multiplied in another way."""

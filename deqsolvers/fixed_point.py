@@ -161,7 +161,7 @@ def iterate(
     returns_best = not last or solver.explores
     evaluations = options.max_steps + (not last)
 
-    with autocast.suspended():
+    with autocast.forgetting(), autocast.suspended():
         memory: Any = solver.init(z, layout) if batch else None
         buffers = Buffers()
 
@@ -229,7 +229,6 @@ def iterate(
                 z = progress.hold(z, reopen=returns_best and not may_drop)
         if keep_memory and batch and not last:
             solver.step(memory, z, fz, g)  # what the last evaluation taught belongs to it too
-    autocast.forget_weights()
     solution = progress.solution(
         layout,
         None if returns_best else z,

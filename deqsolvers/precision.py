@@ -80,8 +80,18 @@ class Autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
-    def forget_weights(self) -> None:
+    def forgetting(self) -> contextlib.AbstractContextManager[Any]:
+        """Around a solve, so that no cached weight outlives it, also where f raises."""
+        return contextlib.nullcontext() if self.dtype is None else _Forgetting()
+
+
+class _Forgetting:
+    # Not a generator, which torch 2.6 cannot compile as a context manager.
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
         # Half-precision weights cached without gradients must not serve a later call that needs
         # them.
-        if self.dtype is not None and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             torch.clear_autocast_cache()

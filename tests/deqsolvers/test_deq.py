@@ -134,6 +134,28 @@ def test_double_backward_after_autocast() -> None:
     assert all(torch.isfinite(p.grad).all() for p in deq.parameters() if p.grad is not None)
 
 
+@pytest.mark.filterwarnings("ignore:tol=.* is below what torch.bfloat16")
+@pytest.mark.filterwarnings("ignore::deqsolvers.ConvergenceWarning")
+def test_an_f_that_raises_leaves_no_weights_in_the_cache_of_autocast() -> None:
+    """A cached weight would lack gradients (torch 2.6), and what was written to it since."""
+    f, x = LinearMap(24), normal(4, 24, dtype=torch.float32)
+
+    def interrupted(z: Tensor, x: Tensor) -> Tensor:
+        f(z, x)
+        raise KeyboardInterrupt
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(KeyboardInterrupt):
+            DEQ(interrupted)(x)
+        with torch.no_grad():
+            f.recur.weight.mul_(0.5)
+        found = f(x, x)
+        found.sum().backward()
+    assert f.recur.weight.grad is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(found, f(x, x), rtol=0, atol=0)
+
+
 def test_the_default_start_has_single_precision_under_autocast() -> None:
     """The input comes from a module under autocast; the state must not inherit its precision."""
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -77,7 +77,8 @@ def fit_hypersolver(
         batches: iterated once an epoch; every item is f's inputs, one tensor, or a tuple or list of
             them (as a DataLoader makes). Or a function of the epoch, 0 first, that returns such an
             iterable: a resumed fit then repeats exactly what it would have seen. A list is shuffled
-            every epoch.
+            every epoch. What has no length (a DataLoader of an IterableDataset) is read into a list
+            to count it.
         epochs: passes over ``batches``.
         steps: K, unrolled steps.
         lr, final_lr: learning rate at the first update, and where it has come to after the last.
@@ -133,7 +134,6 @@ def fit_hypersolver(
     per_epoch = len(epoch_batches(0))
     if per_epoch == 0:
         raise ValueError(_NOTHING)
-    total = epochs * per_epoch
     parameters = [p for p in hyper.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(
@@ -160,15 +160,18 @@ def fit_hypersolver(
     frozen.eval()
     hyper.train()
     teach = Teacher(deq, teacher, teacher_tol, teacher_steps, cache)
-    bar = Bar(total, len(fit.history) * per_epoch, progress)
+    bar = Bar(epochs * per_epoch, fit.updates, progress)
     try:
         for epoch in range(len(fit.history) + 1, epochs + 1):
             if patience is not None and fit.epochs_since_best() >= patience:
                 break
             losses, distances, seen, skipped = [], [], 0, 0
-            update = (epoch - 1) * per_epoch
-            for batch in epoch_batches(epoch - 1):
-                done = update / total
+            items = epoch_batches(epoch - 1)
+            length = len(items)
+            bar.expect(fit.updates + (epochs - epoch + 1) * length)
+            for index, batch in enumerate(items):
+                # Epochs count the same, whatever their lengths, which a DataLoader may only guess.
+                done = (epoch - 1 + min(index / max(length, 1), 1.0)) / epochs
                 for group in optimizer.param_groups:
                     group["lr"] = final_lr + (lr - final_lr) * (1 + math.cos(math.pi * done)) / 2
                 target = teach.target(batch)
@@ -176,7 +179,7 @@ def fit_hypersolver(
                 skipped += target.skipped
                 if epoch == 1 and seen >= _TRIAL and 2 * skipped > seen:
                     raise _unreliable(skipped, seen, teach)
-                update += 1
+                fit.updates += 1
                 if len(target.goal) == 0:
                     continue
                 with torch.enable_grad():
@@ -189,7 +192,7 @@ def fit_hypersolver(
                 losses.append(loss.detach())
                 distances.append(way.distances.detach())
                 if on_batch is not None:
-                    on_batch(update, float(losses[-1]))
+                    on_batch(fit.updates, float(losses[-1]))
                 bar.update(losses[-1])
             if seen == 0:
                 raise ValueError(_NOTHING)
@@ -251,13 +254,10 @@ class _Epoch(Protocol):
 def _by_epoch(batches: Batches, seed: int) -> Callable[[int], _Epoch]:
     """A function of the epoch that returns what to iterate, with a length."""
 
-    def sized(items: Iterable[Any]) -> _Epoch:
-        return cast(_Epoch, items) if isinstance(items, Sized) else list(items)
-
     if callable(batches):
-        return lambda epoch: sized(batches(epoch))
-    if isinstance(batches, Sized) and not isinstance(batches, (list, tuple)):
-        return lambda epoch: cast(_Epoch, batches)
+        return lambda epoch: _sized(batches(epoch))
+    if not isinstance(batches, (list, tuple, Iterator)):
+        return lambda epoch: _sized(batches)
     items = list(batches)
 
     def shuffled(epoch: int) -> list[Any]:
@@ -265,6 +265,15 @@ def _by_epoch(batches: Batches, seed: int) -> Callable[[int], _Epoch]:
         return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
     return shuffled
+
+
+def _sized(items: Iterable[Any]) -> _Epoch:
+    """``items``, or a list of them where they have no length."""
+    try:
+        len(cast(_Epoch, items))
+    except TypeError:  # from the __len__ of a DataLoader, too
+        return list(items)
+    return cast(_Epoch, items)
 
 
 def _unreliable(skipped: int, seen: int, teacher: Teacher) -> ValueError:

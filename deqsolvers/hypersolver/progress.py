@@ -21,6 +21,11 @@ class Bar:
                 return
             self.bar = tqdm(total=total, initial=initial, desc="fit", dynamic_ncols=True)
 
+    def expect(self, total: int) -> None:
+        """Correct how many updates there will be."""
+        if self.bar is not None:
+            self.bar.total = total
+
     def update(self, loss: Tensor) -> None:
         if self.bar is not None:
             self.bar.update()

@@ -43,6 +43,7 @@ class FitState:
     def __init__(self, hyper: HyperSolver, optimizer: torch.optim.Optimizer, file: Path | None):
         self.hyper, self.optimizer, self.file = hyper, optimizer, file
         self.history: list[FitEpoch] = []
+        self.updates = 0  # batches so far
         self.best: dict[str, Tensor] = {}
         self.settings: dict[str, Any] = {}
 
@@ -71,6 +72,8 @@ class FitState:
         self.hyper.load_state_dict(state["hyper"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best = state["best"]
+        # Files of before hold fits of equal epochs.
+        self.updates = state.get("updates", len(state["history"]) * settings["per_epoch"])
         fitted = state["fitted_on"]
         self.hyper.fitted_on = None if fitted is None else FittedOn.from_record(fitted)
         for record in state["history"]:
@@ -88,6 +91,7 @@ class FitState:
                 "optimizer": self.optimizer.state_dict(),
                 "best": self.best,
                 "fitted_on": self.hyper.fitted_on and asdict(self.hyper.fitted_on),
+                "updates": self.updates,
                 "history": [asdict(each) for each in self.history],
             }
             self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """Options of a HyperSolver fit: presets, unrolling, cache, resuming, early stop."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import tqdm
 from torch import Tensor, nn
 
 from deqsolvers import (
@@ -97,6 +99,64 @@ def test_the_learning_rate_decays_by_a_cosine(monkeypatch: pytest.MonkeyPatch) -
     # After 0, 1/4, 1/2 and 3/4 of the updates, where the cosine is 1, sqrt(1/2), 0 and -sqrt(1/2).
     swings = [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
     assert rates == pytest.approx([1e-4 + 9.9e-3 * swing for swing in swings])
+
+
+def test_epochs_of_other_lengths_than_the_first_keep_to_the_schedule(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rates: list[float] = []
+    original = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, *args: Any) -> Any:
+        rates.extend(group["lr"] for group in self.param_groups)
+        return original(self, *args)
+
+    def fit(stop: bool) -> None:
+        def interrupt(epoch: FitEpoch) -> None:
+            if stop and epoch.epoch == 3:
+                raise KeyboardInterrupt
+
+        fit_hypersolver(
+            small(),
+            DEQ(Counting()),
+            lambda epoch: inputs_of((1, 4, 2)[epoch]),
+            epochs=3,
+            steps=1,
+            lr=1,
+            final_lr=0,
+            resume=tmp_path / "fit.pt",
+            on_batch=lambda update, loss: updates.append(update),
+            on_epoch=interrupt,
+        )
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    updates: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(stop=True)
+    fit(stop=False)  # the third epoch again
+    assert updates == [1, 2, 3, 4, 5, 6, 7, 6, 7]
+    done = [0, 4 / 12, 5 / 12, 6 / 12, 7 / 12, 4 / 6, 5 / 6, 4 / 6, 5 / 6]
+    assert rates == pytest.approx([(1 + math.cos(math.pi * share)) / 2 for share in done])
+
+
+def test_a_bar_knows_how_many_updates_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    class Recorded(tqdm.tqdm):  # type: ignore[type-arg]
+        def __init__(self, **options: Any):
+            super().__init__(**options)
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Recorded)
+    fit_hypersolver(
+        small(),
+        DEQ(Counting()),
+        lambda epoch: inputs_of(1 + epoch),
+        epochs=2,
+        steps=1,
+        progress=True,
+    )
+    assert [(bar.n, bar.total) for bar in bars] == [(3, 3)]
 
 
 def test_a_large_gradient_is_cut_to_length_one() -> None:

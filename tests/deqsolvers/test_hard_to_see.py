@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from deqsolvers import (
     DEQ,
@@ -385,6 +385,32 @@ def test_batches_of_a_data_loader_and_of_a_generator() -> None:
         for batches in (loader, lambda epoch: (part for part in data.split(16)))
     ]
     assert all(len(history) == 1 for history in histories)
+
+
+def test_batches_of_a_data_loader_without_a_length() -> None:
+    """It is read anew every epoch, as its data set may draw other samples each time."""
+
+    class Stream(IterableDataset[Tensor]):
+        passes = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.passes += 1
+            return iter(torch.randn(32, 8))
+
+    torch.manual_seed(0)
+    stream, hyper = Stream(), HyperSolver.for_vectors(8)
+    updates: list[int] = []
+    history = fit_hypersolver(
+        hyper,
+        DEQ(Cell()),
+        DataLoader(stream, 16),
+        epochs=3,
+        validation=DataLoader(stream, 16),
+        on_batch=lambda update, loss: updates.append(update),
+    )
+    assert len(history) == 3
+    assert updates == [1, 2, 3, 4, 5, 6]
+    assert stream.passes == 7  # one of them to count
 
 
 def test_fixed_points_of_token_inputs_are_kept_in_a_folder(tmp_path: Path) -> None:

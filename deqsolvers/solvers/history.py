@@ -279,6 +279,21 @@ class Gram:
 
 def solve_positive(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """`Gram.solve` for ``matrix`` (B, n, n) and ``right`` (B, n), through Cholesky's factor."""
+    if not torch.is_grad_enabled():
+        return _cholesky(matrix, right)
+    # The gradient of what nobody uses is zero, and zero times the inverse of a singular system, or
+    # of the pivot of a column of zeros, may be NaN. Neither must be in what is differentiated.
+    with torch.no_grad():
+        info = _cholesky(matrix, right)[1]
+        pivots = matrix.diagonal(dim1=1, dim2=2)
+        used = (pivots > torch.finfo(matrix.dtype).tiny) & (info == 0).unsqueeze(1)
+        both = used.unsqueeze(1) & used.unsqueeze(2)
+        unused = (~used).to(matrix.dtype).diag_embed()
+    matrix, right = torch.where(both, matrix, unused), torch.where(used, right, 0.0)
+    return _cholesky(matrix, right)[0], info
+
+
+def _cholesky(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(matrix)
     x = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
     return x, torch.where(torch.isfinite(x).all(1), info, 1)

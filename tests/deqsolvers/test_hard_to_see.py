@@ -28,6 +28,7 @@ from deqsolvers import (
     Phantom,
     Picard,
     Shine,
+    Solver,
     Status,
     fit_hypersolver,
     fixed_point,
@@ -185,6 +186,22 @@ def test_unrolled_newton_krylov_with_an_exact_sample() -> None:
         z, _ = DEQ(f, solver, backward=backward, tol=1e-12, max_steps=60)(x)
         gradients.append(torch.autograd.grad(z.sum(), w)[0])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5, -0.7])
+@pytest.mark.parametrize(
+    "solver",
+    [Anderson(), Anderson(safeguard=1.0), AndersonTypeI(), Broyden(), HandOver(Picard(0.5))],
+    ids=repr,
+)
+def test_unrolled_past_the_exact_solution(solver: Solver, rate: float) -> None:
+    """z = w z + x is exact after a few steps in fp32, and then differences of residuals are 0."""
+    w = torch.tensor(rate, requires_grad=True)
+    torch.manual_seed(0)
+    x = torch.randn(64, 1)
+    z, _ = DEQ(lambda z, x: w * z + x, solver, backward="unrolled", tol=None, max_steps=40)(x)
+    (found,) = torch.autograd.grad(z.sum(), w)
+    torch.testing.assert_close(found, (x / (1 - rate) ** 2).sum(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

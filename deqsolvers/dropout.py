@@ -102,8 +102,9 @@ class VariationalDropout(nn.Module):
         shape = [batch, *x.shape[1:]]
         for dim in self.shared_dims:
             shape[dim] = 1
-        mask = torch.empty(shape, dtype=x.real.dtype, device=x.device)
-        return mask.bernoulli_(1 - self.p).div_(1 - self.p)
+        # Not in place, which vmap with randomness="different" refuses.
+        entries = torch.empty(shape, dtype=x.real.dtype, device=x.device)
+        return torch.bernoulli(entries, 1 - self.p).div_(1 - self.p)
 
 
 @contextlib.contextmanager

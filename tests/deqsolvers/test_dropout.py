@@ -251,3 +251,24 @@ def test_a_block_for_batches_of_two_sizes() -> None:
 def test_p_out_of_range(p: float) -> None:
     with pytest.raises(ValueError, match="p must be"):
         VariationalDropout(p)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_a_mapped_solve_draws_as_vmap_is_told(randomness: str) -> None:
+    drop = VariationalDropout(0.5)
+    deq = DEQ(lambda z, x: 0.5 * z + drop(x), Picard(), tol=1e-10, max_steps=60)
+
+    def solve(x: Tensor) -> tuple[Tensor, Tensor]:
+        z, pull = torch.func.vjp(lambda x: deq(x)[0], x)
+        return z, pull(torch.ones_like(z))[0]
+
+    x = torch.ones(3, 2, 50, dtype=torch.float64)
+    z, slope = torch.func.vmap(solve, randomness=randomness)(x)
+    # z = 2 mask x with one mask for all evaluations, the recorded one too.
+    masks = (z / 2).round()
+    assert set(masks.flatten().tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(z, 2 * masks, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(slope, 2 * masks, rtol=1e-3, atol=1e-8)
+    for slices in (masks[:2], masks[1:]):
+        assert torch.equal(slices[0], slices[1]) == (randomness == "same")
+    assert not torch.equal(masks[:, 0], masks[:, 1])

@@ -30,6 +30,7 @@ from deqsolvers.solvers.base import check_count
 from deqsolvers.solvers.hyper import FittedOn, HyperSolver
 
 _NOTHING = "batches is empty: there is nothing to fit the HyperSolver on"
+_WITH_THEM = "; with drop_converged=False one such sample takes its whole batch with it"
 _TRIAL = 64  # so many samples are enough to refuse a DEQ by
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
@@ -68,7 +69,8 @@ def fit_hypersolver(
     - initializer: ``||z_0 - z*||``;
     - alpha: ``sum_k ||G_k alpha_k||``, whose weight falls linearly.
 
-    Samples whose z* is unreliable (residual above 1e-2) or zero are left out.
+    Samples whose z* is unreliable (residual above 1e-2) or zero are left out. Where the layer has
+    ``drop_converged=False``, f may couple samples: one unreliable z* then leaves out its batch.
 
     Args:
         hyper: trained in place.
@@ -175,7 +177,7 @@ def fit_hypersolver(
                 for group in optimizer.param_groups:
                     group["lr"] = final_lr + (lr - final_lr) * (1 + math.cos(math.pi * done)) / 2
                 target = teach.target(batch)
-                seen += len(target.goal) + target.skipped
+                seen += target.samples
                 skipped += target.skipped
                 if epoch == 1 and seen >= _TRIAL and 2 * skipped > seen:
                     raise _unreliable(skipped, seen, teach)
@@ -279,8 +281,9 @@ def _sized(items: Iterable[Any]) -> _Epoch:
 def _unreliable(skipped: int, seen: int, teacher: Teacher) -> ValueError:
     return ValueError(
         f"z* is unreliable for {skipped} of {seen} samples (residual above {RELIABLE:g} after "
-        f"{teacher.max_steps} steps of {teacher.solver!r}, or zero); a HyperSolver would learn "
-        "noise. Train the DEQ longer or with a Jacobian regulariser first"
+        f"{teacher.max_steps} steps of {teacher.solver!r}, or zero"
+        f"{_WITH_THEM if teacher.whole else ''}); a HyperSolver would learn noise. Train the DEQ "
+        "longer or with a Jacobian regulariser first"
     )
 
 

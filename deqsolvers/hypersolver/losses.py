@@ -89,9 +89,9 @@ class Unrolled:
 
     Attributes:
         states: steps + 1 of (B, features).
-        distances: (steps + 1, B) of these to z*, relative to ``||z*||``.
-        mixed: (steps, B) norms of the mixed residuals, relative to the same; zeros for a solver
-            that does not keep them.
+        distances: (steps + 1, judged) of these to z*, relative to ``||z*||``.
+        mixed: (steps, judged) norms of the mixed residuals, relative to the same; zeros for a
+            solver that does not keep them.
         residuals: (steps, B) of all states but the last.
     """
 
@@ -136,7 +136,9 @@ def unroll(solver: Solver, deq: DEQ, target: Target, steps: int, mode: Unroll = 
     note_mixed()
     states.append(layout.flatten(solution.z))
     distances = torch.stack([norm(z - goal) for z in states])
-    return Unrolled(states, distances, torch.stack(mixed), torch.stack(residuals))
+    return Unrolled(
+        states, target.judge(distances), target.judge(torch.stack(mixed)), torch.stack(residuals)
+    )
 
 
 def _mapped(

@@ -29,18 +29,31 @@ class Target:
     """What one batch can teach: the samples with a reliable z* other than zero.
 
     The others leave the batch here: a weight of zero would not keep their NaN out of the gradient.
+    Where f may couple samples (``drop_converged=False``), z* is one of the whole batch: either all
+    are reliable and all stay, those at zero unjudged, or none.
 
     Attributes:
-        inputs: of f, those samples only.
+        inputs: of f, the samples that stay.
         goal: (rows, features) their z*.
         layout: of the state.
-        skipped: how many samples have none.
+        skipped: how many samples teach nothing.
+        judged: (rows,) whether distances of a sample count; None for all.
     """
 
     inputs: tuple[Any, ...]
     goal: Tensor
     layout: Layout
     skipped: int
+    judged: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many the batch had."""
+        return len(self.goal) + (self.skipped if self.judged is None else 0)
+
+    def judge(self, values: Tensor) -> Tensor:
+        """Of ``values`` (..., rows) those that count."""
+        return values if self.judged is None else values[..., self.judged]
 
 
 class Teacher:
@@ -76,6 +89,7 @@ class Teacher:
             relative=True,
             final="best",
         )
+        self.whole = not self.deq.options.drop_converged
         self.folder = None if isinstance(cache, bool) else Path(cache)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +110,11 @@ class Teacher:
             goal = layout.flatten(z)
             # Distances are relative to ||z*||, and none is so to zero.
             usable = goal.square().sum(1) > 0
-            rows = ((residual <= RELIABLE) & usable).nonzero().squeeze(1)
+            reliable = residual <= RELIABLE
+            if self.whole and reliable.all() and usable.any():
+                return Target(inputs, goal, layout, int((~usable).sum()), usable)
+            taught = torch.zeros_like(usable) if self.whole else reliable & usable
+            rows = taught.nonzero().squeeze(1)
             kept = map_rows(partial(take_rows, rows=rows), inputs, len(goal))
             return Target(kept, goal[rows], layout, len(goal) - len(rows))
 

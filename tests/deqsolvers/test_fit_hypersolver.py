@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from deqsolvers import DEQ, FitEpoch, HyperSolver, Picard, fit_hypersolver
 from deqsolvers.hypersolver.fit import measure_distances
+from deqsolvers.hypersolver.losses import unroll
 from deqsolvers.hypersolver.network import AlphaBetaNetwork
 from deqsolvers.hypersolver.targets import Teacher
 from tests.deqsolvers.maps import ConvolutionMap, TanhMap, normal
@@ -266,6 +267,38 @@ def test_a_sample_without_a_fixed_point_does_not_spoil_the_fit(bad: float) -> No
     assert torch.isfinite(torch.tensor([epoch.distances for epoch in history])).all()
     clean = fit_hypersolver(small(), layer(), inputs_of(4), epochs=2, steps=2)
     assert history[-1].loss == pytest.approx(clean[-1].loss, rel=0.2)
+
+
+def chain(z: Tensor, x: Tensor) -> Tensor:
+    """Every sample is moved by the one before."""
+    return torch.relu(0.5 * z.roll(1, 0) + x)
+
+
+def test_coupled_samples_stay_together_where_z_star_of_one_is_zero() -> None:
+    """Without it the next sample would have another neighbour, and another fixed point."""
+    x = inputs_of(1)[0].abs()
+    x[5] = -10
+    deq = DEQ(chain, Picard(), drop_converged=False)
+    target = Teacher(deq, Picard(), tol=1e-6).target(x)
+    assert target.skipped == 1
+    way = unroll(Picard(), deq, target, 60)
+    assert way.distances.shape == (61, 31)
+    assert way.distances[-1].max() < 1e-4
+    hyper = small()
+    (epoch,) = fit_hypersolver(hyper, deq, [x], epochs=1, steps=2)
+    assert epoch.skipped == 1 / 32
+    assert epoch.worst[0] < 10
+    assert all(p.isfinite().all() for p in hyper.parameters())
+
+
+def test_coupled_samples_leave_together_where_one_has_no_fixed_point() -> None:
+    deq = DEQ(lambda z, x: 0.5 * z - 0.1 * z.roll(1, 0) + x, drop_converged=False)
+    batches = inputs_of(4)
+    batches[1][5] = torch.nan
+    (epoch,) = fit_hypersolver(small(), deq, batches, epochs=1, steps=2)
+    assert epoch.skipped == 32 / 128
+    with pytest.raises(ValueError, match="one such sample takes its whole batch with it"):
+        fit_hypersolver(small(), deq, [batches[1]], epochs=1, steps=2)
 
 
 def test_a_batch_without_any_fixed_point_is_left_out() -> None:

@@ -20,6 +20,7 @@ from deqsolvers import (
     Solution,
     Solver,
     fixed_point,
+    norms,
     progress,
 )
 from deqsolvers.progress import HostMask
@@ -125,7 +126,7 @@ def test_a_mask_that_comes_late_changes_no_result(
     options = {"tol": 1e-2, "final": final, "drop_converged": drop, "relative": False}
     expected = solve(method, x, **options)
     assert len(set(expected.steps.tolist())) > 2
-    for module in (progress, anderson, hand_over, newton_krylov):
+    for module in (norms, progress, anderson, hand_over, newton_krylov):
         monkeypatch.setattr(module, "may_look", lambda _: False)
     monkeypatch.setattr(loop, "HostMask", LateMask)
     late = solve(method, x, **options)

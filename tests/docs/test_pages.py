@@ -140,7 +140,7 @@ def check_command(words: list[str], where: str) -> None:
         if arguments[0] != "-m":
             assert (ROOT / arguments[0]).exists(), where
     else:
-        assert program in ("git", "cd"), where
+        assert program in ("git", "cd", "mkdir", "cp"), where
 
 
 class Parsed(Exception):

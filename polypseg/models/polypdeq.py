@@ -43,12 +43,15 @@ class PolypF(nn.Module):
         self.stages = nn.ModuleList(encoder.stages[1:])
         self.decoder = UNetDecoder(encoder.channels)
 
-    def forward(self, z: Tensor, e: Tensor) -> Tensor:
-        injected = z + e if self.injection is None else self.injection(z, e)
-        maps = [injected]
+    def maps(self, z: Tensor, e: Tensor) -> list[Tensor]:
+        """What the decoder sees, fine to coarse: the injected map and those of stages 2 to 4."""
+        found = [z + e if self.injection is None else self.injection(z, e)]
         for stage in self.stages:
-            maps.append(stage(maps[-1]))
-        return self.decoder(maps)
+            found.append(stage(found[-1]))
+        return found
+
+    def forward(self, z: Tensor, e: Tensor) -> Tensor:
+        return self.decoder(self.maps(z, e))
 
 
 class PolypDEQ(ImplicitModel):

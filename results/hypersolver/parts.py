@@ -20,15 +20,6 @@ from deqsolvers.hypersolver.targets import Teacher
 from polypseg.data import PolypDataset, batches, split_for
 from polypseg.inference import load_model
 from polypseg.models import PolypDEQ
-from polypseg.models.polypdeq import PolypF
-
-
-def maps(f: PolypF, z: Tensor, e: Tensor) -> list[Tensor]:
-    """The injected map and those of stages 2 to 4."""
-    found = [z + e if f.injection is None else f.injection(z, e)]
-    for stage in f.stages:
-        found.append(stage(found[-1]))
-    return found
 
 
 def main() -> None:
@@ -47,8 +38,9 @@ def main() -> None:
         for batch in batches(dataset, 4, False, 0, 0):
             e = model.features(batch["image"])
             exact = teacher.deq.solve(e).z
-            once = f(model.zero_state(e), e)
-            before, anew = maps(f, model.zero_state(e), e), maps(f, once, e)
+            before = f.maps(model.zero_state(e), e)
+            once = f.decoder(before)  # f(0)
+            anew = f.maps(once, e)
             distances.setdefault("f(0)", []).append(relative(once, exact))
             for count in range(1, len(anew) + 1):
                 name = ("injection", "+ stage 2", "+ stage 3", "+ stage 4: f(f(0))")[count - 1]

@@ -8,7 +8,7 @@ from typing import Any
 from polypseg.config import Config, ModelConfig
 from polypseg.data.classes import CLASS_NAMES
 from polypseg.data.splits import TRAIN_DIGEST, stems_digest
-from polypseg.lineage import Lineage, Origin
+from polypseg.lineage import Lineage
 from polypseg.lineage_text import trained_too
 from polypseg.scores import SummaryRow, per_cent
 
@@ -120,23 +120,19 @@ def _counts(lineage: Lineage | None) -> list[str]:
 
 def _starts(lineage: Lineage | None) -> list[str]:
     """What the network started from, and what the network of that run started from, and so on."""
-    if lineage is None:
-        return []
-    start = lineage.start
-    if start is None:
-        return ["Start: random weights."]
-    own = f"`{start.file}` (SHA-256 {start.sha256})"
-    if start.run is None:
-        return [f"Start: the encoder from {own}, the rest from random weights."]
-    return [f"Start: the network from {own} of `{start.run}`{_trained(start)}.", *_earlier(start)]
-
-
-def _trained(start: Origin) -> str:
-    return f", trained on {len(start.record.training)} images" if start.record else ""
-
-
-def _earlier(start: Origin) -> list[str]:
-    return [f"Before that, `{start.run}`: {text}" for text in _starts(start.record)]
+    texts: list[str] = []
+    lead = "Start"
+    while lineage is not None:
+        start = lineage.start
+        if start is None:
+            return [*texts, f"{lead}: random weights."]
+        own = f"`{start.file}` (SHA-256 {start.sha256})"
+        if start.run is None:
+            return [*texts, f"{lead}: the encoder from {own}, the rest from random weights."]
+        trained = f", trained on {len(start.record.training)} images" if start.record else ""
+        texts.append(f"{lead}: the network from {own} of `{start.run}`{trained}.")
+        lineage, lead = start.record, f"Before that, `{start.run}`: Start"
+    return texts
 
 
 def _table(summary: list[SummaryRow], classes: int) -> str:

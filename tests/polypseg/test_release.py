@@ -123,13 +123,16 @@ def test_a_record_is_told_and_goes_with_the_release(
     digests = {f"{i}": [f"i{i}", f"m{i}"] for i in range(4)}
     train, val = {key: digests[key] for key in "012"}, {"3": digests["3"]}
     parent = Lineage(Origin("mit.safetensors", "ab12"), train, val)
-    start = Origin("explicit.safetensors", "cd34", "first", parent)
+    second = Lineage(Origin("explicit.safetensors", "cd34", "first", parent), train, val)
+    start = Origin("implicit.safetensors", "ef56", "second", second)
     write_lineage(run, Lineage(start, {"0": digests["0"]}, val))
     card = release(run, out, synthetic_data)
     for told in (
         "1 for training and 1 for validation",
-        "from `explicit.safetensors` (SHA-256 cd34) of `first`, trained on 3 images",
-        "Before that, `first`: Start: the encoder from `mit.safetensors` (SHA-256 ab12)",
+        "- Start: the network from `implicit.safetensors` (SHA-256 ef56) of `second`, trained on 3",
+        "- Before that, `second`: Start: the network from `explicit.safetensors` (SHA-256 cd34) of "
+        "`first`, trained on 3 images.",
+        "- Before that, `first`: Start: the encoder from `mit.safetensors` (SHA-256 ab12)",
         "NVIDIA's SegFormer encoders carry a non-commercial licence",
     ):
         assert told in card

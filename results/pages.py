@@ -26,8 +26,9 @@ from polypseg.scores import SummaryRow, read_rows
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
-RUN = "polypdeq-res-352"  # the run whose figures the README shows
-BEFORE = "polypdeq-res-256-long"  # from whose implicit weights it goes on
+RUN = "polypdeq-res-352-more"  # the run whose figures the README shows
+# The first run, and those that went on from the implicit weights of the one before, up to RUN.
+BEFORE = ("polypdeq-res-256-long", "polypdeq-res-352")
 # By the paper's name of each system: the run and the solver that stand beside it.
 SYSTEMS = {
     "MDEQ, explicit": ("mdeq-256-all", "explicit"),
@@ -95,10 +96,13 @@ def readme() -> str:
     config = load_run_config(run / "config.yaml")
     last = {row["phase"]: row for row in read_epochs(run / "results.csv")}
     epochs = " + ".join(row["epoch"] for row in last.values())
-    before = load_run_config(RESULTS / BEFORE / "config.yaml")
+    before = [load_run_config(RESULTS / name / "config.yaml") for name in BEFORE]
+    earlier = [
+        f"{each.explicit.epochs} + {each.implicit.epochs} at {each.data.size} px" for each in before
+    ]
     text = (
         f"All three phases at {config.data.size} px, {epochs} epochs, after "
-        f"{before.explicit.epochs} + {before.implicit.epochs} at {before.data.size} px:\n\n"
+        f"{' and '.join(earlier)}:\n\n"
     )
     text += "\n".join(lines)
     closing = ""
@@ -124,14 +128,21 @@ def readme() -> str:
         f"The paper's HyperPolypDEQ reaches {published[0]} and {published[1]} after 100 + 100 + 8 "
         f"epochs on a GPU; ours differs from it by {change[0]} and {change[1]}."
     )
-    command = (
-        "```sh\npolypseg-train runs/256 --data DATA --encoder-weights mit_b0_ade20k.safetensors "
-        f"--config results/{BEFORE}/config.yaml\n"
-        "mkdir runs/start && cp runs/256/config.yaml runs/256/implicit.safetensors runs/start\n"
-        "polypseg-train runs/mine --data DATA --start-from runs/start "
-        f"--config results/{RUN}/config.yaml\npolypseg-evaluate runs/mine --data DATA\n```"
-    )
-    return "\n\n".join([text, textwrap.fill(closing, 105), _systems(), command])
+    return "\n\n".join([text, textwrap.fill(closing, 105), _systems(), _commands()])
+
+
+def _commands() -> str:
+    """What trains the run from the pretrained encoder."""
+    lines, start = ["```sh"], "--encoder-weights mit_b0_ade20k.safetensors"
+    for number, name in enumerate([*BEFORE, RUN], start=1):
+        run = f"runs/{number}"
+        config = f"--config results/{name}/config.yaml"
+        lines.append(f"polypseg-train {run} --data DATA {start} {config}")
+        if name != RUN:
+            weights = f"{run}/config.yaml {run}/implicit.safetensors"
+            lines.append(f"mkdir runs/from-{number} && cp {weights} runs/from-{number}")
+            start = f"--start-from runs/from-{number}"
+    return "\n".join([*lines, f"polypseg-evaluate {run} --data DATA", "```"])
 
 
 def _short(distance: float) -> str:

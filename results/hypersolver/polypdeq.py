@@ -123,7 +123,7 @@ def curves(trained: Trained, pairs: list[Pair], out: Path) -> None:
         found = zip(model.read_out(z), indices[index], strict=True)
         return [score(logits, scoring.masks[image])["dice"] for logits, image in found]
 
-    name = out.name
+    name = trained.run.resolve().name
     solvers = rivals({"HyperSolver": trained.hyper}, trained.anderson)
     teacher = Teacher(model.deq, tol=1e-5, max_steps=300)
     exact = [teacher.deq.solve(e) for e in features]

@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark-images",
         metavar="DIR",
-        help="images for the trained PolypDEQ; without it, ones that are drawn",
+        help="images for the trained PolypDEQ instead of the eight of samples/",
     )
 
 

@@ -6,7 +6,6 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +13,12 @@ from benchmarks.problems import Problem, make
 from benchmarks.settings import Settings
 from polypseg.checkpoint import CheckpointError
 from polypseg.data import list_images, read_image, resize_image, to_tensor
-from polypseg.data.synthetic import draw_pair
 from polypseg.models import PolypDEQ
 from polypseg.released import released_run
 
-# Where the records of runs lie, without weights.
-RUNS = Path(__file__).resolve().parent.parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "results"  # the records of runs, without weights
+SAMPLES = ROOT / "samples" / "images"
 
 
 def trained_runs(settings: Settings) -> list[Path]:
@@ -33,15 +32,12 @@ def trained_runs(settings: Settings) -> list[Path]:
 
 
 def images(count: int, size: int, settings: Settings) -> Tensor:
-    """(count, 3, size, size) normalised: of the folder that was given, or drawn."""
-    if settings.images is not None:
-        paths = list_images(settings.images)
-        # Spread over the folder, whose neighbours may be frames of one video.
-        paths = [paths[place * len(paths) // count] for place in range(min(count, len(paths)))]
-        arrays = [resize_image(read_image(path), size) for path in paths]
-    else:
-        rng = np.random.default_rng(0)
-        arrays = [draw_pair(rng, size)[0] for _ in range(count)]
+    """(count, 3, size, size) normalised, fewer where the folder that was given has fewer."""
+    paths = list_images(settings.images or SAMPLES)
+    count = min(count, len(paths))
+    # Spread over the folder, whose neighbours may be frames of one video.
+    paths = [paths[place * len(paths) // count] for place in range(count)]
+    arrays = [resize_image(read_image(path), size) for path in paths]
     return torch.stack([to_tensor(array) for array in arrays]).to(settings.device)
 
 

@@ -30,8 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark-mode",
         default="quick",
         choices=("quick", "full"),
-        help="quick takes under 5 minutes on 2 cores; full measures longer and larger. Default: "
-        "quick",
+        help="quick takes five to six minutes on 2 cores; full measures longer and larger. "
+        "Default: quick",
     )
     group.addoption("--benchmark-device", default="cpu", help="cpu or cuda[:N]. Default: cpu")
     group.addoption(

@@ -95,7 +95,7 @@ def _approach(run: Path, settings: Settings, results: Results) -> None:
     if "hyper" not in available_solvers(run):
         return
     model, config = load_model(run, "broyden")
-    count = 2 if settings.quick else 8
+    count = 2 if settings.quick else IMAGES
     pictures = polyps.images(count, config.data.size, settings)
     name = f"PolypDEQ {config.data.size} px, {run.name}"
     problem = polyps.problem(name, model, pictures, settings)
@@ -168,7 +168,7 @@ def _times(
     timings = paired(others, settings.device, settings.slow_effort)
     times = {name: timings.of(name).scaled(1 / len(batches)) for name in others}
     long = {BROYDEN: partial(run, BROYDEN, batches[:1])}
-    few = Effort(1, 0, 1) if settings.quick else Effort(5, 0, 5)
+    few = Effort(1, 10, 3) if settings.quick else Effort(5, 0, 5)
     times[BROYDEN] = paired(long, settings.device, few, warm=True).of(BROYDEN)
     return times
 

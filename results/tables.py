@@ -56,6 +56,10 @@ def main() -> None:
     parts += ["## Solves\n", _solves(rows), CLINIC, "## Trainings\n", _trainings(runs)]
     for name, when in (("ablations", ""), ("ablations-before", ", before the masks were aligned")):
         parts += [f"## Ablations, validation images{when}\n", _ablations(f"{name}.csv")]
+    parts.append(
+        "The injection: `polypdeq-add-256-all` and `polypdeq-res-256-all` above, of one schedule, "
+        "data and starting weights. The initializer alone (M = 0) and 1 to 12 steps: next table.\n"
+    )
     parts += [f"## Evaluations at inference, validation images, `{CURVES}`\n", _curves()]
     (HERE / "tables.md").write_text("\n".join(parts))
 

@@ -103,7 +103,7 @@ def measure(
         effort = Effort(2, 0, 2)
         for name in ("ours", "f", "copy"):
             functions[name]()
-    timings = paired(functions, settings.device, effort, warm=slow)
+    timings = paired(functions, settings.device, effort, warm=slow, settle=not slow)
     step = 1 / STEPS
     found = theirs is not None
     beyond = timings.beyond("ours", "f")

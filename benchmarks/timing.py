@@ -103,9 +103,12 @@ def paired(
     effort: Effort,
     *,
     warm: bool = False,
+    settle: bool = False,
 ) -> Timings:
     """Time functions that take turns, after each has run once to warm up (``warm``: it has).
 
+    ``settle`` runs each once more right before it is timed, so that it finds the caches and the
+    heap as it leaves them itself, not as the others do.
     Every round starts with another function, so that none always runs in the wake of the same one.
     On a GPU the times are those between two CUDA events with the queue empty before and after.
     """
@@ -124,6 +127,8 @@ def paired(
         ):
             first = done % len(names)
             for name in names[first:] + names[:first]:
+                if settle:
+                    functions[name]()
                 seconds[name].append(_timed(functions[name], device))
             done += 1
     finally:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from deqsolvers.buffers import Buffers
 from deqsolvers.dropout import hold_masks
-from deqsolvers.modes import physical, transforming, undifferentiated
+from deqsolvers.modes import may_overwrite, physical, transforming, undifferentiated
 from deqsolvers.normalization import cached_weights
 from deqsolvers.options import Options
 from deqsolvers.precision import Autocast, warn_below_floor, widen
@@ -22,6 +21,7 @@ from deqsolvers.solution import ConvergenceError, Solution
 from deqsolvers.solvers import Anderson, Solver
 from deqsolvers.solvers.base import check_solver
 from deqsolvers.state import Layout, check_inputs, map_rows, take_rows
+from deqsolvers.workspace import Workspace
 
 # Dropping decided samples copies the solver's memory; it pays once this share of the batch is gone.
 _DROP_SHARE = 0.2
@@ -138,12 +138,28 @@ def iterate(
 
     ``z0`` is a state; solver and inputs have been checked.
     """
+    solution = _iterate(f, z0, inputs, solver, options, trace, callback, keep_memory)
+    if may_overwrite():
+        solver.workspace.end()  # now that only the solution looks at anything there
+    return solution
+
+
+def _iterate(
+    f: Callable[..., Any],
+    z0: Any,
+    inputs: tuple[Any, ...],
+    solver: Solver,
+    options: Options,
+    trace: bool,
+    callback: Callable[[StepInfo], None] | None,
+    keep_memory: bool,
+) -> Solution:
     if z0 is None:
         raise ValueError(f"z0 is needed: {type(solver).__name__} has no initializer")
     autocast = Autocast(z0)
     layout = Layout.of(z0, computed_in=autocast.dtype)
     # A copy, so that nothing that f does to z can reach the caller's z0.
-    z = layout.flatten(z0).clone()
+    z = _copy(layout.flatten(z0), solver.workspace)
     batch = z.shape[0]
     inputs = map_rows(lambda leaf: leaf, inputs, batch)
     warn_below_floor(options.tol if options.relative else None, layout.dtypes, autocast.dtype)
@@ -163,7 +179,6 @@ def iterate(
 
     with autocast.forgetting(), autocast.suspended():
         memory: Any = solver.init(z, layout) if batch else None
-        buffers = Buffers()
 
         def update() -> Tensor:
             z_next = solver.step(memory, z, fz, g)
@@ -194,7 +209,7 @@ def iterate(
                     f"f returned {fz.shape[0]} samples for the {z.shape[0]} that are left of "
                     f"{batch}. {_WHOLE_BATCH}"
                 )
-            g = torch.sub(fz, z, out=buffers.like(z))
+            g = torch.sub(fz, z, out=solver.workspace.like(z))
             residual = progress.measure(step, z, fz, g)
             if trace:
                 residuals.append(progress.spread(residual))
@@ -239,6 +254,11 @@ def iterate(
     if keep_memory:
         solution.memory = memory
     return solution
+
+
+def _copy(x: Tensor, workspace: Workspace) -> Tensor:
+    place = workspace.like(x)
+    return x.clone() if place is None else place.copy_(x)
 
 
 def _explaining(f: Callable[..., Any], batch: int) -> Callable[..., Any]:

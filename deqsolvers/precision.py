@@ -42,7 +42,7 @@ def warn_below_floor(
         warnings.warn(
             f"tol={tol:g} is below what {dtype} can reach, about "
             f"{precision_floor(dtype):g}; samples will end as stalled or at the step limit",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -143,7 +143,7 @@ class Progress:
         if self.options.tol is not None:
             better = better | (residual <= self.options.tol)
         better = better & running
-        self.best_z = torch.where(better.unsqueeze(1), z, self.best_z)
+        self.best_z = self._choose(better, z, self.best_z)
         self._best_size = torch.where(better, size, self._best_size)
         self.best_residual = torch.where(better, residual, self.best_residual)
         self.best_step = torch.where(better, step, self.best_step)
@@ -157,6 +157,15 @@ class Progress:
         self.all_running = self._may_look and bool(self.running.all())
         return residual
 
+    def _choose(self, rows: Tensor, these: Tensor, others: Tensor) -> Tensor:
+        """(b, features) ``these`` for ``rows`` (b,) bool, ``others`` for the rest."""
+        if self._may_look:  # most often it is all or none, which spares passes over both
+            if bool(rows.all()):
+                return these
+            if not bool(rows.any()):
+                return others
+        return torch.where(rows.unsqueeze(1), these, others)
+
     def hold(self, z: Tensor, reopen: bool) -> Tensor:
         """``z`` with decided samples at their best iterate, a finite state for f to work on.
 
@@ -165,7 +174,7 @@ class Progress:
         """
         if reopen and self.options.tol is not None:
             self._held = (~self.running) & (self.status > 0)
-        return torch.where(self.running.unsqueeze(1), z, self.best_z)
+        return self._choose(self.running, z, self.best_z)
 
     def _reopen(self, residual: Tensor, size: Tensor, fz: Tensor) -> None:
         if self._held is None or self.options.tol is None:
@@ -204,7 +213,7 @@ class Progress:
             return
         converged = self._measured & (self.status == int(Status.CONVERGED))
         converged = converged & z.isfinite().all(dim=1)
-        self.best_z = torch.where(converged.unsqueeze(1), z, self.best_z)
+        self.best_z = self._choose(converged, z, self.best_z)
         self.best_residual = torch.where(converged, torch.nan, self.best_residual)
         self.best_step = torch.where(converged, step + 1, self.best_step)
 
@@ -256,7 +265,7 @@ class Progress:
                 ended = torch.where(overflowed, int(Status.NON_FINITE), self.status)
                 self.status = ended.to(torch.int8)
                 undecided = undecided & ~overflowed
-            z = torch.where(undecided.unsqueeze(1), last, z)
+            z = self._choose(undecided, last, z)
             self.best_residual = torch.where(undecided, torch.nan, self.best_residual)
             self.best_step = torch.where(undecided, self.options.max_steps, self.best_step)
         if self._left is None:  # nobody left the batch: this is already everything

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deqsolvers.buffers import Buffers, Reserve
 from deqsolvers.modes import may_look
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
 from deqsolvers.solvers.history import Gram, History, row_norms, solve_positive
@@ -33,7 +32,6 @@ class AndersonMemory(Memory):
     smallest: Tensor  # (B,) smallest ||g|| since the history began
     least: Tensor  # (B,) float64, the smallest pivot
     solved: Tensor  # (B,) int32, zeros: what `_solve` tells of systems that it could solve
-    buffers: Buffers
     fz: Tensor | None = None
     g: Tensor | None = None
 
@@ -60,7 +58,7 @@ class Anderson(Solver):
     ones). A sample whose system is singular all the same takes a plain step and starts its history
     again.
 
-    On a CPU a solver keeps the memory of histories above 32 MiB for its next solve.
+    On a CPU a solver keeps the memory of large states and histories for its next solve.
 
     Args:
         memory: how many differences are kept, at least 1.
@@ -88,7 +86,6 @@ class Anderson(Solver):
             raise ValueError(f"safeguard must be at least 1, got {safeguard}")
         self.regularization = regularization
         self.safeguard = safeguard
-        self._reserve = Reserve()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(memory={self.memory}, damping={self.damping})"
@@ -100,7 +97,7 @@ class Anderson(Solver):
         """What a memory starts with."""
         batch = z.shape[0]
         masks = not may_look(z)
-        df, dg = History.pair(self.memory, z, self._reserve)
+        df, dg = History.pair(self.memory, z, self.workspace)
         return {
             "df": df,
             "dg": dg,
@@ -110,7 +107,6 @@ class Anderson(Solver):
             "smallest": z.new_full((batch,), torch.inf),
             "least": z.new_full((batch,), _TINY, dtype=torch.float64),
             "solved": torch.zeros(batch, dtype=torch.int32, device=z.device),
-            "buffers": Buffers(),
         }
 
     def step(self, memory: AndersonMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
@@ -124,7 +120,7 @@ class Anderson(Solver):
         memory.fz, memory.g = fz, g
         self._update_gram(memory, g)
         gamma = self._weights(memory, g)
-        mixed = memory.df.subtract_from(fz, gamma, out=memory.buffers.like(fz))
+        mixed = memory.df.subtract_from(fz, gamma, out=self.workspace.like(fz))
         if self.damping == 1:
             return mixed
         return mixed.sub(memory.dg.subtract_from(g, gamma), alpha=1 - self.damping)

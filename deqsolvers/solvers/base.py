@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deqsolvers.solvers.history import Gram, History
 from deqsolvers.state import Layout
+from deqsolvers.workspace import Workspace
 
 
 @dataclass
@@ -37,9 +38,17 @@ class Solver(ABC):
     Attributes:
         explores: whether an iterate may be a probe, which is no answer, so that ``final="last"``
             cannot return it.
+        workspace: its large tensors; ``self.workspace.like(g)`` serves as ``out=``.
     """
 
     explores: bool = False
+    workspace: Workspace
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        # Not in __init__, which a method may leave out.
+        solver = super().__new__(cls)
+        vars(solver)["workspace"] = Workspace()
+        return solver
 
     @abstractmethod
     def init(self, z: Tensor, layout: Layout) -> Any:

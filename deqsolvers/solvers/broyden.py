@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deqsolvers.buffers import Buffers, Reserve
 from deqsolvers.modes import may_look, may_overwrite
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
 from deqsolvers.solvers.history import History, row_norms
@@ -25,7 +24,6 @@ class _BroydenMemory(Memory):
     p: Tensor  # (B, memory) float64, u_j = p_j s_(j+1) + q_j s_j; both 0 for factors not in use
     q: Tensor  # all 0 without damping
     trues: Tensor  # (B,)
-    buffers: Buffers
     layout: Layout
     z: Tensor | None = None  # where the last step was taken from
     moved_to: Tensor | None = None  # where it led
@@ -49,7 +47,7 @@ class Broyden(Solver):
     When ``memory`` steps are kept the method starts again from -I. A sample whose update would
     divide by almost zero does the same on its own.
 
-    On a CPU a solver keeps the memory of a history above 32 MiB for its next solve.
+    On a CPU a solver keeps the memory of large states and histories for its next solve.
 
     Args:
         memory: how many steps are kept, at least 1; with 1, or after a restart, the step is a plain
@@ -60,14 +58,13 @@ class Broyden(Solver):
     def __init__(self, memory: int = 20, damping: float = 1.0):
         self.memory = check_count("memory", memory)
         self.damping = check_fraction("damping", damping)
-        self._reserve = Reserve()
 
     def __repr__(self) -> str:
         return f"Broyden(memory={self.memory}, damping={self.damping})"
 
     def init(self, z: Tensor, layout: Layout) -> _BroydenMemory:
         square = z.new_zeros(z.shape[0], self._slots, self._slots, dtype=torch.float64)
-        slots = self._reserve.empty((self._slots, *z.shape), z)
+        slots = self.workspace.history((self._slots, *z.shape), z)
         return _BroydenMemory(
             steps=History(self._slots, z, slots),
             gram=square,
@@ -75,7 +72,6 @@ class Broyden(Solver):
             p=square[:, 0].clone(),
             q=square[:, 0].clone(),
             trues=torch.ones(z.shape[0], dtype=torch.bool, device=z.device),
-            buffers=Buffers(),
             layout=layout,
         )
 
@@ -97,7 +93,7 @@ class Broyden(Solver):
         else:
             step, products = self._quasi_newton(memory, g, held, step)
         self._push(memory, step, products)
-        memory.moved_to = torch.add(z, step, out=memory.buffers.like(z))
+        memory.moved_to = torch.add(z, step, out=self.workspace.like(z))
         return memory.moved_to
 
     def _held(self, memory: _BroydenMemory, z: Tensor) -> Tensor | None:

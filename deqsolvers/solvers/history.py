@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deqsolvers.buffers import Reserve
 from deqsolvers.modes import may_overwrite
+from deqsolvers.workspace import Workspace
 
 # From this width on it pays to cut a row for several cores.
 _LONG = 16384
@@ -47,12 +47,12 @@ class History:
         self._hold(like.new_empty(size, *like.shape) if buffer is None else buffer)
 
     @staticmethod
-    def pair(size: int, like: Tensor, reserve: Reserve) -> tuple[History, History]:
-        """Two histories in one piece of memory, since ``reserve`` keeps one for the next solve.
+    def pair(size: int, like: Tensor, workspace: Workspace) -> tuple[History, History]:
+        """Two histories in one piece of memory, since ``workspace`` keeps one.
 
         Small ones written in place start full of zeros.
         """
-        both = reserve.empty((2, size, *like.shape), like)
+        both = workspace.history((2, size, *like.shape), like)
         full = may_overwrite() and size * like.numel() * like.element_size() <= _SMALL
         if full:
             both.zero_()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from deqsolvers.buffers import Buffers
 from deqsolvers.hypersolver.initializers import (
     DeepImageInitializer,
     ImageInitializer,
@@ -74,7 +73,6 @@ class _HyperMemory(Memory):
     z: History
     g: History
     series: Tensor  # (B, k, features) pooled residuals, oldest first
-    buffers: Buffers
     mixed: Tensor | None = None  # sum_i alpha_i g_i of the last step, which the alpha loss needs
 
 
@@ -239,12 +237,13 @@ class HyperSolver(nn.Module, Solver):
         return None if self.initializer is None else self.initializer(*inputs)
 
     def init(self, z: Tensor, layout: Layout) -> _HyperMemory:
+        size = self.memory + 1
+        states, residuals = self.workspace.history((2, size, *z.shape), z)
         return _HyperMemory(
             layout=layout,
-            z=History(self.memory + 1, z),
-            g=History(self.memory + 1, z),
+            z=History(size, z, states),
+            g=History(size, z, residuals),
             series=z.new_empty(z.shape[0], 0, 0),
-            buffers=Buffers(),
         )
 
     def step(self, memory: _HyperMemory, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
@@ -259,7 +258,7 @@ class HyperSolver(nn.Module, Solver):
         alpha, beta = self.network(pooled)
         # From time order, oldest first, to the order of the ring's slots.
         alpha = alpha.flip(1)[:, memory.z.ages()].to(z.dtype)
-        memory.mixed = direction = memory.g.combine(alpha, out=memory.buffers.like(g))
+        memory.mixed = direction = memory.g.combine(alpha, out=self.workspace.like(g))
         if self.preconditioner is not None:
             layout = memory.layout
             residual = pytree.tree_map(
@@ -267,8 +266,8 @@ class HyperSolver(nn.Module, Solver):
                 layout.unflatten(direction),
             )
             direction = layout.flatten(self.preconditioner(residual))
-        scaled = torch.mul(beta.to(z.dtype), direction, out=memory.buffers.like(z))
-        return memory.z.add_to(scaled, alpha, out=memory.buffers.like(z))
+        scaled = torch.mul(beta.to(z.dtype), direction, out=self.workspace.like(z))
+        return memory.z.add_to(scaled, alpha, out=self.workspace.like(z))
 
 
 def _choose(given: nn.Module | bool, usual: Callable[[], nn.Module]) -> nn.Module | None:

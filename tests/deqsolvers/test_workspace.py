@@ -4,6 +4,8 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,10 +23,11 @@ from deqsolvers import (
     Solution,
     Solver,
     StepInfo,
-    buffers,
     fixed_point,
+    workspace,
 )
 from deqsolvers.solvers import History, history
+from deqsolvers.state import Layout
 from tests.deqsolvers.maps import normal
 
 WIDE = 40_000  # large enough for memory to be used again, and for rows to be cut
@@ -84,12 +87,91 @@ def test_two_solutions_do_not_share_memory() -> None:
     torch.testing.assert_close(first, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["anderson", "broyden", "hyper"])
+def test_the_next_solve_uses_the_memory_of_states_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hyper = HyperSolver.for_vectors(WIDE, memory=2, width=8, initializer=False)
+    solver = hyper if name == "hyper" else SOLVERS[name]
+    made: list[int] = []
+
+    class Counted(workspace._Piece):
+        def __init__(self, *args: Any):
+            made[-1] += 1
+            super().__init__(*args)
+
+    monkeypatch.setattr(workspace, "_Piece", Counted)
+    solver, found = copy.deepcopy(solver), []
+    for _ in range(3):
+        made.append(0)
+        found.append(solve(solver))
+    first, *later = made
+    assert first >= 4
+    assert later == [1, 1]  # a result is its owner's
+    for result in found[1:]:
+        torch.testing.assert_close(result, found[0], rtol=0, atol=0)
+
+
+def test_a_result_that_was_given_to_another_process_is_never_written_over() -> None:
+    solver = Anderson(3)
+    result = solve(solver)
+    expected = result.clone()
+    there = torch.UntypedStorage._new_shared_fd_cpu(*result.untyped_storage()._share_fd_cpu_())
+    other = torch.empty(0).set_(there).view(2, WIDE)  # a look that this process cannot count
+    torch.testing.assert_close(other, expected, rtol=0, atol=0)
+    del result
+    fixed_point(torch.cos, torch.ones(2, WIDE), solver=solver, tol=None, max_steps=8)
+    torch.testing.assert_close(other, expected, rtol=0, atol=0)
+
+
+def test_states_of_another_size_leave_the_workspace() -> None:
+    solver = Anderson(3)
+    sizes: list[set[int]] = []
+    for wide in (WIDE, 2 * WIDE):
+        fixed_point(torch.cos, torch.ones(2, wide), solver=solver, tol=None, max_steps=4)
+        sizes.append({kept.tensor.numel() for kept in solver.workspace._states})
+    assert sizes == [{2 * WIDE}, {4 * WIDE}]
+
+
+def test_solves_in_two_threads_share_a_solver() -> None:
+    solver = Anderson(3)
+    starts = [normal(2, WIDE, seed=seed, dtype=torch.float32) for seed in range(8)]
+
+    def run(start: Tensor) -> Tensor:
+        return fixed_point(torch.cos, start, solver=solver, tol=None, max_steps=6).z
+
+    expected = [run(start) for start in starts]
+    with ThreadPoolExecutor(4) as threads:
+        for found, alone in zip(threads.map(run, starts * 4), expected * 4, strict=True):
+            torch.testing.assert_close(found, alone, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_solver_that_leaves_out_the_constructor_has_a_workspace() -> None:
+    @dataclass(frozen=True)
+    class Half(Solver):
+        share: float = 0.5
+
+        def init(self, z: Tensor, layout: Layout) -> None:
+            return None
+
+        def step(self, memory: None, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+            return torch.add(z, g, alpha=self.share, out=self.workspace.like(z))
+
+    for solver in (Half(), Half(0.8), copy.deepcopy(Half())):
+        z = fixed_point(torch.cos, torch.ones(2, WIDE), solver=solver, max_steps=60).z
+        torch.testing.assert_close(z, torch.full_like(z, 0.7390851), rtol=0, atol=1e-3)
+    hyper = HyperSolver.for_vectors(3)
+    assert not list(hyper.buffers())  # of the module
+    assert hyper.workspace.like(torch.empty(2, WIDE)) is not None
+
+
 def test_without_torch_s_count_of_owners_nothing_is_used_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = solve(SOLVERS["anderson"])
-    monkeypatch.setattr(buffers, "_COUNTS", False)
-    assert buffers.Buffers().like(torch.empty(2, WIDE)) is None
+    monkeypatch.setattr(workspace, "_COUNTS", False)
+    assert workspace.Workspace().like(torch.empty(2, WIDE)) is None
     torch.testing.assert_close(solve(SOLVERS["anderson"]), expected, rtol=0, atol=0)
 
 
@@ -146,7 +228,7 @@ def test_a_sample_alone_takes_the_path_it_takes_in_a_batch() -> None:
 
 @pytest.fixture
 def reserved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "_RETURNED", 0)
+    monkeypatch.setattr(workspace, "_LONG", 0)
 
 
 def history_of(solver: Solver) -> Tensor:

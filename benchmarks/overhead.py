@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.methods import torchdeq_solver
+from benchmarks.apart import Apart
+from benchmarks.methods import OURS, TORCHDEQ, torchdeq_solver
 from benchmarks.settings import Settings
-from benchmarks.timing import Effort, Quartiles, paired
+from benchmarks.timing import Effort, Quartiles, turns
 from deqsolvers import Anderson, Broyden, Picard, Solver, fixed_point
 
 STEPS = 30
@@ -17,8 +21,18 @@ MEMORY = 6  # differences, of memory + 1 pairs of z and f(z)
 
 
 @dataclass(frozen=True)
+class Case:
+    """States (batch, features); ``memory`` counts differences."""
+
+    method: str
+    batch: int
+    features: int
+    memory: int = MEMORY
+
+
+@dataclass(frozen=True)
 class Overhead:
-    """Of `STEPS` steps at one size, all over runs that took turns.
+    """Of `STEPS` steps at one size, all over runs that took turns, each library in its own process.
 
     Attributes:
         ours, torchdeq: seconds of a step beyond f; negative where the noise of f is larger.
@@ -70,64 +84,72 @@ def least_states(method: str, memory: int) -> float:
     return total
 
 
-def measure(
-    method: str, batch: int, features: int, settings: Settings, memory: int = MEMORY
-) -> Overhead:
-    """Our solver, torchdeq's, f alone and a copy of the least bytes, taking turns."""
-    rates, shift = contraction(batch, features, settings)
+def libraries() -> list[str]:
+    """Which libraries can be measured here, ours first."""
+    return [OURS, TORCHDEQ] if importlib.util.find_spec("torchdeq") else [OURS]
+
+
+def functions(library: str, case: Case, settings: Settings) -> dict[str, Callable[[], object]]:
+    """What is timed: the solve, f alone and, for ours, a copy of the least bytes."""
+    rates, shift = contraction(case.batch, case.features, settings)
     z0 = torch.zeros_like(shift)
-    ours = solver(method, memory)
 
     def f(z: Tensor) -> Tensor:
         return torch.addcmul(shift, rates, z)
 
-    def run_ours() -> object:
-        return fixed_point(f, z0, solver=ours, tol=None, max_steps=STEPS, final="last")
-
     @torch.no_grad()
-    def run_f() -> object:
+    def alone() -> object:
         z = z0
         for _ in range(STEPS):
             z = f(z)
         return z
 
-    functions = {"ours": run_ours, "f": run_f}
-    least = least_states(method, memory) * z0.numel() * z0.element_size()
-    functions["copy"] = _copies(least, history=2 * (memory + 1) * z0.numel(), like=z0)
-    theirs = _torchdeq(method, memory)
-    if theirs is not None:
-        functions["torchdeq"] = lambda: theirs(f, z0)
-    effort = settings.effort
-    slow = settings.quick and z0.numel() > 1_000_000
-    if slow:  # torchdeq takes seconds, of which it gets no more than it needs
-        effort = Effort(2, 0, 2)
-        for name in ("ours", "f", "copy"):
-            functions[name]()
-    timings = paired(functions, settings.device, effort, warm=slow, settle=not slow)
-    step = 1 / STEPS
-    found = theirs is not None
-    beyond = timings.beyond("ours", "f")
-    positive = beyond.median > 0
-    return Overhead(
-        ours=beyond.scaled(step),
-        torchdeq=timings.beyond("torchdeq", "f").scaled(step) if found else None,
-        ratio=timings.ratio("torchdeq", "ours", "f") if found and positive else None,
-        least=timings.of("copy").scaled(step),
-        limit=timings.share("copy", "ours", "f") if positive else None,
-        megabytes=least / STEPS / 1e6,
-    )
+    found: dict[str, Callable[[], object]] = {"solve": _solve(library, case, f, z0), "f": alone}
+    if library == OURS:
+        least = least_states(case.method, case.memory) * z0.numel() * z0.element_size()
+        history = 2 * (case.memory + 1) * z0.numel()
+        found["copy"] = _copies(least, history=history, like=z0)
+    return found
 
 
-def _torchdeq(method: str, memory: int):  # type: ignore[no-untyped-def]
-    try:
-        solve = torchdeq_solver(method)
-    except ImportError:
-        return None
+def _solve(
+    library: str, case: Case, f: Callable[[Tensor], Tensor], z0: Tensor
+) -> Callable[[], object]:
+    if library == OURS:
+        ours = solver(case.method, case.memory)
+        return lambda: fixed_point(f, z0, solver=ours, tol=None, max_steps=STEPS, final="last")
+    theirs = torchdeq_solver(case.method)
     # torchdeq's m counts pairs of z and f(z), our memory the differences between them.
-    extra = {"m": memory + 1} if method == "Anderson" else {}
+    extra = {"m": case.memory + 1} if case.method == "Anderson" else {}
     # At tol=0 it takes every step, as ours does.
-    return torch.no_grad()(
-        lambda f, z0: solve(f, z0, max_iter=STEPS, tol=0.0, stop_mode="rel", **extra)
+    return torch.no_grad()(lambda: theirs(f, z0, max_iter=STEPS, tol=0.0, stop_mode="rel", **extra))
+
+
+def measure(case: Case, settings: Settings, apart: Apart) -> Overhead:
+    """Both libraries, each in its own process, take turns."""
+    # Of runs of seconds two have to do in a hurry, and caches play no part in them.
+    slow = settings.quick and case.batch * case.features > 1_000_000
+
+    def beyond(library: str) -> dict[Hashable, float]:
+        seconds = apart.seconds(library, case, settle=not slow)
+        found: dict[Hashable, float] = {library: seconds["solve"] - seconds["f"]}
+        if library == OURS:
+            found["copy"] = seconds["copy"]
+        return found
+
+    effort = Effort(2, 0, 2) if slow else settings.effort
+    timings = turns({name: partial(beyond, name) for name in apart.libraries}, effort)
+    step = 1 / STEPS
+    found = TORCHDEQ in apart.libraries
+    positive = timings.of(OURS).median > 0
+    states = least_states(case.method, case.memory) / STEPS
+    return Overhead(
+        ours=timings.of(OURS).scaled(step),
+        torchdeq=timings.of(TORCHDEQ).scaled(step) if found else None,
+        ratio=timings.ratio(TORCHDEQ, OURS) if found and positive else None,
+        least=timings.of("copy").scaled(step),
+        limit=timings.ratio("copy", OURS) if positive else None,
+        megabytes=states * case.batch * case.features * settings.dtype.itemsize / 1e6,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from benchmarks.overhead import MEMORY, Overhead, measure
+from benchmarks.apart import Apart
+from benchmarks.overhead import MEMORY, Case, Overhead, functions, libraries, measure
 from benchmarks.results import Results, Value
 from benchmarks.settings import Settings
 
@@ -21,10 +24,16 @@ GOALS = {
 BATCH, FEATURES = 4, 10_000
 
 
+@pytest.fixture(scope="module")
+def apart(settings: Settings) -> Iterator[Apart]:
+    with Apart(libraries(), functions, settings) as processes:
+        yield processes
+
+
 @pytest.mark.parametrize("method", ["Picard", "Anderson", "Broyden"])
-def test_overhead(method: str, settings: Settings, results: Results) -> None:
+def test_overhead(method: str, settings: Settings, results: Results, apart: Apart) -> None:
     for batch, features in settings.sizes:
-        found = measure(method, batch, features, settings)
+        found = measure(Case(method, batch, features), settings, apart)
         key = {"method": method, "batch": batch, "features": features}
         results.add("overhead", key, values(found))
         goal = GOALS.get((method, batch, features))
@@ -40,7 +49,9 @@ def test_overhead(method: str, settings: Settings, results: Results) -> None:
 
 @pytest.mark.parametrize("method", ["Anderson", "Broyden"])
 @pytest.mark.parametrize("varied", ["batch", "features", "memory"])
-def test_scaling(method: str, varied: str, settings: Settings, results: Results) -> None:
+def test_scaling(
+    method: str, varied: str, settings: Settings, results: Results, apart: Apart
+) -> None:
     series = {
         "batch": (1, 8, 64) if settings.quick else (1, 2, 4, 8, 16, 32, 64, 128),
         "features": (1_000, 10_000, 100_000)
@@ -52,7 +63,7 @@ def test_scaling(method: str, varied: str, settings: Settings, results: Results)
         pytest.skip("Broyden's memory is the number of steps here")
     for value in series[varied]:
         sizes = {"batch": BATCH, "features": FEATURES, "memory": MEMORY, varied: value}
-        found = measure(method, sizes["batch"], sizes["features"], settings, sizes["memory"])
+        found = measure(Case(method, **sizes), settings, apart)
         results.add("scaling", {"method": method, "varied": varied, **sizes}, values(found))
 
 

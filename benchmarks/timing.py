@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -61,31 +62,13 @@ class Timings:
 
     def beyond(self, name: Hashable, base: Hashable) -> Quartiles:
         """Seconds of ``name`` minus those of ``base``."""
-        return Quartiles.of(self._differences(name, base))
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return Quartiles.of(a - b for a, b in pairs)
 
-    def ratio(self, over: Hashable, under: Hashable, base: Hashable | None = None) -> Quartiles:
-        """``over / under``, each beyond ``base`` if that is given.
-
-        Infinite in a round where the denominator vanished in the noise.
-        """
-        if base is None:
-            numerators, denominators = self.seconds[over], self.seconds[under]
-        else:
-            numerators = self._differences(over, base)
-            denominators = self._differences(under, base)
-        return Quartiles.of(
-            a / b if b > 0 else math.inf for a, b in zip(numerators, denominators, strict=True)
-        )
-
-    def share(self, part: Hashable, whole: Hashable, base: Hashable) -> Quartiles:
-        """``part`` over ``whole`` beyond ``base``; infinite where that vanished in the noise."""
-        parts, beyond = self.seconds[part], self._differences(whole, base)
-        return Quartiles.of(
-            a / b if b > 0 else math.inf for a, b in zip(parts, beyond, strict=True)
-        )
-
-    def _differences(self, name: Hashable, base: Hashable) -> list[float]:
-        return [a - b for a, b in zip(self.seconds[name], self.seconds[base], strict=True)]
+    def ratio(self, over: Hashable, under: Hashable) -> Quartiles:
+        """``over / under``, infinite in a round where the latter vanished in the noise."""
+        pairs = zip(self.seconds[over], self.seconds[under], strict=True)
+        return Quartiles.of(a / b if b > 0 else math.inf for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -109,35 +92,52 @@ def paired(
 
     ``settle`` runs each once more right before it is timed, so that it finds the caches and the
     heap as it leaves them itself, not as the others do.
-    Every round starts with another function, so that none always runs in the wake of the same one.
-    On a GPU the times are those between two CUDA events with the queue empty before and after.
+    See `turns` and `timed`.
     """
     if not warm:
         for function in functions.values():
             function()
-    names = list(functions)
-    seconds: dict[Hashable, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        start, done = time.perf_counter(), 0
-        while done < effort.rounds or (
-            done < effort.most and time.perf_counter() - start < effort.seconds
-        ):
-            first = done % len(names)
-            for name in names[first:] + names[:first]:
-                if settle:
-                    functions[name]()
-                seconds[name].append(_timed(functions[name], device))
-            done += 1
+        return turns(
+            {name: partial(_alone, name, functions[name], device) for name in functions}, effort
+        )
     finally:
         if collecting:
             gc.enable()
+
+
+def turns(
+    measures: Mapping[Hashable, Callable[[], Mapping[Hashable, float]]], effort: Effort
+) -> Timings:
+    """Take measurements in turns, each of which tells the seconds of one function or of several.
+
+    Every round starts with another one, so that none always runs in the wake of the same.
+    """
+    names = list(measures)
+    seconds: dict[Hashable, list[float]] = {}
+    start, done = time.perf_counter(), 0
+    while done < effort.rounds or (
+        done < effort.most and time.perf_counter() - start < effort.seconds
+    ):
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            for what, took in measures[name]().items():
+                seconds.setdefault(what, []).append(took)
+        done += 1
     return Timings(seconds)
 
 
-def _timed(function: Callable[[], object], device: torch.device) -> float:
+def _alone(
+    name: Hashable, function: Callable[[], object], device: torch.device
+) -> dict[Hashable, float]:
+    return {name: timed(function, device)}
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call; on a GPU between two CUDA events with the queue empty before and after."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()

@@ -61,7 +61,8 @@ def alternating_solver(run: Run, model: ImplicitModel, epoch: int) -> Solver | N
         metadata = {**hypersolver_metadata(hyper), "epoch": str(epoch)}
         save_weights(file, hyper.state_dict(), metadata)
     classic = build_solver(run.config.implicit.solver, run.config.implicit.memory)
-    return _Aside(HandOver(hyper.eval().requires_grad_(False), classic))
+    steps = run.config.hyper.steps
+    return _Aside(HandOver(hyper.eval().requires_grad_(False), classic, after=steps))
 
 
 class _Aside(Solver):

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deqsolvers import HandOver
 from polypseg.checkpoint import CheckpointError, load_into
 from polypseg.config import Config, SolveConfig
 from polypseg.models import (
     ImplicitModel,
     Prediction,
     SegmentationModel,
+    build_hand_over,
     build_hypersolver,
     build_model,
     build_solver,
@@ -81,7 +81,7 @@ def load_model(
         if tol is None:
             model.deq = model.deq.with_solver(hyper, **hyper_options(settings, max_steps))
         else:
-            sure = HandOver(hyper, build_solver("anderson", settings.anderson_memory))
+            sure = build_hand_over(hyper, settings.anderson_memory, config.hyper.steps)
             steps = settings.max_steps if max_steps is None else max_steps
             model.deq = model.deq.with_solver(sure, tol=tol, max_steps=steps)
     else:

@@ -9,6 +9,22 @@ points stay fixed points.
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from deqsolvers.state import Layout
+
+
+def precondition(preconditioner: nn.Module, layout: Layout, residual: Tensor) -> Tensor:
+    """What ``preconditioner`` makes of residuals (B, features).
+
+    It sees them in the structure of the state and in the dtype of its own parameters.
+    """
+    state = layout.unflatten(residual)
+    parameter = next(preconditioner.parameters(), None)
+    if parameter is not None:
+        dtype = parameter.dtype
+        state = pytree.tree_map(lambda g: g if g.is_complex() else g.to(dtype), state)
+    return layout.flatten(preconditioner(state)).to(residual.dtype)
 
 
 class VectorPreconditioner(nn.Module):

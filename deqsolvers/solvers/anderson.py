@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from deqsolvers.hypersolver.preconditioners import precondition
 from deqsolvers.modes import may_look
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_fraction
 from deqsolvers.solvers.history import Gram, History, row_norms, solve_positive
@@ -22,6 +23,7 @@ _TINY = torch.finfo(torch.float64).tiny
 class AndersonMemory(Memory):
     """What both types of the method remember."""
 
+    layout: Layout
     df: History  # differences of successive f(z)
     dg: History  # differences of successive residuals
     gram: Gram  # inner products of the columns of dg
@@ -34,6 +36,7 @@ class AndersonMemory(Memory):
     solved: Tensor  # (B,) int32, zeros: what `_solve` tells of systems that it could solve
     fz: Tensor | None = None
     g: Tensor | None = None
+    misled: Tensor | None = None  # (B,) bool, whose history had to start again
 
     def update_products(self, products: Tensor) -> Tensor:
         """Keep ``products`` (B, filled); returns how much they have changed."""
@@ -69,6 +72,11 @@ class Anderson(Solver):
             not. With a number here, a sample whose residual exceeds that many times the smallest
             since its history began takes a plain step and starts its history again; 1 demands
             that it never grows. The default lets it grow, as maps that expand need.
+        preconditioner: a linear map P of residuals, in the structure of the state and sample by
+            sample, near ``(I - J)^-1`` with J the Jacobian of f; steps become ``z_bar + damping P
+            g_bar`` for the mixed state and residual. `HyperSolver.preconditioner`, once fitted, is
+            one. A sample whose history had to start again goes on without it. The solver does not
+            own it: move it to the state's device yourself.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class Anderson(Solver):
         damping: float = 1.0,
         regularization: float | None = None,
         safeguard: float = math.inf,
+        preconditioner: nn.Module | None = None,
     ):
         self.memory = check_count("memory", memory)
         self.damping = check_fraction("damping", damping)
@@ -84,21 +93,28 @@ class Anderson(Solver):
             raise ValueError(f"regularization must lie in [0, 1), got {regularization}")
         if not safeguard >= 1:
             raise ValueError(f"safeguard must be at least 1, got {safeguard}")
+        if not (preconditioner is None or isinstance(preconditioner, nn.Module)):
+            raise TypeError(
+                "preconditioner must be an nn.Module or None, got a "
+                f"{type(preconditioner).__name__}"
+            )
         self.regularization = regularization
         self.safeguard = safeguard
+        self.preconditioner = preconditioner
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(memory={self.memory}, damping={self.damping})"
 
     def init(self, z: Tensor, layout: Layout) -> AndersonMemory:
-        return AndersonMemory(**self._fresh(z))
+        return AndersonMemory(**self._fresh(z, layout))
 
-    def _fresh(self, z: Tensor) -> dict[str, Any]:
+    def _fresh(self, z: Tensor, layout: Layout) -> dict[str, Any]:
         """What a memory starts with."""
         batch = z.shape[0]
         masks = not may_look(z)
         df, dg = History.pair(self.memory, z, self.workspace)
         return {
+            "layout": layout,
             "df": df,
             "dg": dg,
             "gram": Gram(self.memory, z),
@@ -114,16 +130,25 @@ class Anderson(Solver):
             memory.fz, memory.g = fz, g
             if math.isfinite(self.safeguard):
                 memory.smallest = torch.linalg.vector_norm(g.detach(), dim=1)
-            return fz if self.damping == 1 else z.add(g, alpha=self.damping)
+            return self._mix(memory, fz, g)
         memory.df.push_difference(fz, memory.fz)
         memory.dg.push_difference(g, memory.g)
         memory.fz, memory.g = fz, g
         self._update_gram(memory, g)
         gamma = self._weights(memory, g)
         mixed = memory.df.subtract_from(fz, gamma, out=self.workspace.like(fz))
-        if self.damping == 1:
+        if self.damping == 1 and self.preconditioner is None:
             return mixed
-        return mixed.sub(memory.dg.subtract_from(g, gamma), alpha=1 - self.damping)
+        return self._mix(memory, mixed, memory.dg.subtract_from(g, gamma))
+
+    def _mix(self, memory: AndersonMemory, mixed: Tensor, residual: Tensor) -> Tensor:
+        """``z_bar + damping P g_bar``, given ``z_bar + g_bar`` and ``g_bar``."""
+        if self.preconditioner is None:
+            return mixed if self.damping == 1 else mixed.sub(residual, alpha=1 - self.damping)
+        step = precondition(self.preconditioner, memory.layout, residual)
+        if memory.misled is not None:
+            step = torch.where(memory.misled.unsqueeze(1), residual, step)
+        return mixed.sub(residual).add(step, alpha=self.damping)
 
     def _update_gram(self, memory: AndersonMemory, g: Tensor) -> None:
         # One pass over the history gives dG g. The new Gram row dG (g - g_previous) is the change
@@ -155,6 +180,7 @@ class Anderson(Solver):
             if not bool(restart.any()):
                 return gamma
             memory.length = torch.full_like(restart, memory.dg.filled, dtype=torch.int64)
+        memory.misled = restart if memory.misled is None else memory.misled | restart
         memory.length = torch.where(restart, 0, memory.length)
         return torch.where(restart.unsqueeze(1), 0.0, gamma)
 

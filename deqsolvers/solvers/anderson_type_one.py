@@ -44,7 +44,7 @@ class AndersonTypeI(Anderson):
     """
 
     def init(self, z: Tensor, layout: Layout) -> _Memory:
-        fresh = self._fresh(z)
+        fresh = self._fresh(z, layout)
         return _Memory(**fresh, z_lengths=fresh["products"], g_lengths=fresh["products"])
 
     def _update_gram(self, memory: Any, g: Tensor) -> None:

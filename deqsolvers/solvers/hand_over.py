@@ -44,13 +44,15 @@ class HandOver(nn.Module, Solver):
 
     Args:
         first: takes the first steps, and gives the start.
-        then: takes over; `Anderson` with its defaults if None.
+        then: takes over; if None, `Anderson` with the preconditioner of ``first``, where it is a
+            `HyperSolver` that has one.
         slowest: a sample whose ``||f(z) - z||`` falls to more than this fraction in one step of
             ``first`` is handed over. None takes what f itself contracts by along that step,
             ``||f(z_k) - f(z_(k-1))|| / ||z_k - z_(k-1)||`` and at most 1: where ``first`` gains no
             more than plain iteration would. So is a sample for which ``first`` returns a
             non-finite state.
-        after: hand every sample over after so many steps; None sets no limit.
+        after: hand every sample over after so many steps. None takes as many as ``first`` was
+            fitted for, where it is a fitted `HyperSolver`, and sets no limit else.
 
     Raises:
         TypeError: ``then`` is `Broyden` or `NewtonKrylov`, which learn along their own steps only.
@@ -68,7 +70,8 @@ class HandOver(nn.Module, Solver):
         super().__init__()
         check_solver(first)
         self.first = first
-        self.then = Anderson() if then is None else then
+        own = getattr(first, "preconditioner", None)
+        self.then = Anderson(preconditioner=own) if then is None else then
         check_solver(self.then)
         if isinstance(self.then, (Broyden, NewtonKrylov)):
             raise TypeError(
@@ -109,7 +112,7 @@ class HandOver(nn.Module, Solver):
         memory.size = size
         if self.slowest is None:
             memory.z, memory.fz = z.detach(), fz.detach()
-        if memory.steps == self.after:
+        if memory.steps == self._limit:
             memory.handed = torch.ones_like(memory.handed)
         memory.steps += 1
         if may_look(z) and bool(memory.handed.all()):
@@ -119,6 +122,11 @@ class HandOver(nn.Module, Solver):
         fast = self.first.step(memory.first, z, fz, g)
         memory.handed = memory.handed | ~torch.isfinite(fast).all(1)
         return torch.where(memory.handed.unsqueeze(1), sure, fast)
+
+    @property
+    def _limit(self) -> int | None:
+        fitted = getattr(self.first, "fitted_on", None)
+        return fitted.steps if self.after is None and fitted is not None else self.after
 
     def _slowest(self, memory: _HandOverMemory, z: Tensor, fz: Tensor) -> Tensor | float:
         if memory.z is None or memory.fz is None:

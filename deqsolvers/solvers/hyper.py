@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from deqsolvers.hypersolver.initializers import (
     DeepImageInitializer,
@@ -24,7 +23,11 @@ from deqsolvers.hypersolver.network import (
     pool_sequences,
     pool_vectors,
 )
-from deqsolvers.hypersolver.preconditioners import ImagePreconditioner, VectorPreconditioner
+from deqsolvers.hypersolver.preconditioners import (
+    ImagePreconditioner,
+    VectorPreconditioner,
+    precondition,
+)
 from deqsolvers.solvers.base import Memory, Solver
 from deqsolvers.solvers.history import History
 from deqsolvers.state import Layout
@@ -260,12 +263,7 @@ class HyperSolver(nn.Module, Solver):
         alpha = alpha.flip(1)[:, memory.z.ages()].to(z.dtype)
         memory.mixed = direction = memory.g.combine(alpha, out=self.workspace.like(g))
         if self.preconditioner is not None:
-            layout = memory.layout
-            residual = pytree.tree_map(
-                lambda g: g if g.is_complex() else g.to(parameter.dtype),
-                layout.unflatten(direction),
-            )
-            direction = layout.flatten(self.preconditioner(residual))
+            direction = precondition(self.preconditioner, memory.layout, direction)
         scaled = torch.mul(beta.to(z.dtype), direction, out=self.workspace.like(z))
         return memory.z.add_to(scaled, alpha, out=self.workspace.like(z))
 

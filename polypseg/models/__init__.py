@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deqsolvers import Anderson, Broyden, HyperSolver, Picard, Solver
+from torch import nn
+
+from deqsolvers import Anderson, Broyden, HandOver, HyperSolver, Picard, Solver
 from polypseg.config import HyperConfig, ModelConfig
 from polypseg.config_limits import CLASSIC_SOLVERS, MODELS
 from polypseg.models.base import STRIDE, ImplicitModel, Prediction, SegmentationModel
@@ -66,8 +68,17 @@ def build_solver(name: str, memory: int) -> Solver:
         raise ValueError(f"solver must be one of {', '.join(CLASSIC_SOLVERS)}, got {name!r}")
     if name == "picard":
         return Picard()
+    return Broyden(memory) if name == "broyden" else _anderson(memory)
+
+
+def build_hand_over(hyper: HyperSolver, memory: int, steps: int) -> HandOver:
+    """``hyper`` for the ``steps`` it was fitted for at most, then Anderson with what it learned."""
+    return HandOver(hyper, _anderson(memory, hyper.preconditioner), after=steps)
+
+
+def _anderson(memory: int, preconditioner: nn.Module | None = None) -> Anderson:
     # The Jacobian regulariser makes f contract, so plain steps are a safe way out.
-    return Broyden(memory) if name == "broyden" else Anderson(memory, safeguard=1)
+    return Anderson(memory, safeguard=1, preconditioner=preconditioner)
 
 
 def build_hypersolver(model: ImplicitModel, config: HyperConfig) -> HyperSolver:
@@ -99,6 +110,7 @@ __all__ = [
     "Prediction",
     "SegFormer",
     "SegmentationModel",
+    "build_hand_over",
     "build_hypersolver",
     "build_implicit_model",
     "build_model",

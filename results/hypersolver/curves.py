@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deqsolvers import DEQ, Broyden, HandOver, HyperSolver, Picard, Solver, fixed_point
+from deqsolvers import DEQ, Anderson, Broyden, HandOver, HyperSolver, Picard, Solver, fixed_point
 from deqsolvers.state import Layout
 
 EVALUATIONS = 12
@@ -55,7 +55,7 @@ class WithStart(Solver):
         return self.solver.step(memory, z, fz, g)
 
 
-def rivals(learned: Mapping[str, HyperSolver], anderson: Solver) -> dict[str, Solver]:
+def rivals(learned: Mapping[str, HyperSolver], anderson: Anderson) -> dict[str, Solver]:
     """The solvers that the issue compares, and each learned one alone and handing over."""
     solvers: dict[str, Solver] = {
         "Picard": Picard(),
@@ -67,8 +67,20 @@ def rivals(learned: Mapping[str, HyperSolver], anderson: Solver) -> dict[str, So
         if hyper.initializer is not None:
             solvers[f"Anderson from the start of {name}"] = WithStart(anderson, hyper)
         solvers[name] = hyper
-        solvers[f"{name}, handing over"] = HandOver(hyper, anderson)
+        solvers[f"{name}, handing over"] = handing_over(hyper, anderson)
     return solvers
+
+
+def handing_over(hyper: HyperSolver, anderson: Anderson) -> HandOver:
+    """To an Anderson like ``anderson`` with the preconditioner that ``hyper`` has learned."""
+    then = Anderson(
+        anderson.memory,
+        anderson.damping,
+        anderson.regularization,
+        anderson.safeguard,
+        hyper.preconditioner,
+    )
+    return HandOver(hyper, then)
 
 
 def measure(

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from curves import measure, relative, rivals, verdict, write
+from curves import handing_over, measure, relative, rivals, verdict, write
 from torch import Tensor
 
-from deqsolvers import HandOver, HyperSolver, load_hypersolver, spectral_radius
+from deqsolvers import Anderson, HyperSolver, load_hypersolver, spectral_radius
 from deqsolvers.hypersolver.targets import Teacher
 from polypseg.data import Pair, PolypDataset, batches, split_for
 from polypseg.inference import hyper_options, load_model
@@ -44,6 +44,7 @@ class Trained:
         self.hyper: HyperSolver = load_hypersolver(run / "hyper.safetensors").requires_grad_(False)
         solve = self.config.solve
         self.anderson = build_solver("anderson", solve.anderson_memory)
+        assert isinstance(self.anderson, Anderson)
         self.broyden = build_solver("broyden", 100)
 
     def record(self) -> dict[str, object]:
@@ -64,7 +65,7 @@ class Trained:
     def predictors(self) -> dict[str, Callable[[Tensor], Prediction]]:
         """What the table compares, all on the same weights but for the explicit model's own."""
         sure = {"tol": 1e-3, "max_steps": 100}
-        hand_over = HandOver(self.hyper, self.anderson)
+        hand_over = handing_over(self.hyper, self.anderson)
         deqs = {
             "Broyden, 100 steps": (self.broyden, {"tol": None, "max_steps": 100}),
             "Broyden to 1e-3": (self.broyden, sure),
@@ -125,7 +126,7 @@ def curves(trained: Trained, pairs: list[Pair], out: Path) -> None:
 
     name = trained.run.resolve().name
     solvers = rivals({"HyperSolver": trained.hyper}, trained.anderson)
-    teacher = Teacher(model.deq, tol=1e-5, max_steps=300)
+    teacher = Teacher(model.deq, tol=1e-6, max_steps=300)
     exact = [teacher.deq.solve(e) for e in features]
     goals = [solution.z for solution in exact]
     points = measure(name, model.deq, features, solvers, dice, goals)

@@ -1,5 +1,6 @@
 """Handing a solve from one solver to another, sample by sample, inside one loop."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from deqsolvers import (
     Anderson,
     Broyden,
+    FittedOn,
     HandOver,
     HyperSolver,
     Memory,
@@ -236,6 +238,32 @@ def test_an_unfitted_hypersolver_then_keeps_the_promise_of_anderson() -> None:
     assert solution.converged.all()
     alone = fixed_point(problem.f, None, problem.inputs, solver=hyper, **options)
     assert not alone.converged.any()
+
+
+def test_by_default_anderson_takes_over_after_the_steps_of_the_fit_and_what_was_learned() -> None:
+    problem = tanh_deq()
+    torch.manual_seed(0)
+    hyper = HyperSolver.for_vectors(16, memory=3, rank=4).double()
+    assert hyper.preconditioner is not None
+    torch.nn.init.normal_(hyper.preconditioner.up.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+    solver = HandOver(hyper, slowest=1e9)
+    alone = iterates_from(problem, hyper, 6)
+    torch.testing.assert_close(iterates_from(problem, solver, 6), alone)  # it was not fitted
+    hyper.fitted_on = FittedOn("f", 1, ((16,),), 1, 1, 2, (1.0, 0.5, 0.1))
+    found = iterates_from(problem, solver, 6)
+    torch.testing.assert_close(found[:3], alone[:3])
+    then = Anderson(preconditioner=hyper.preconditioner)
+    told = HandOver(hyper, then, slowest=1e9, after=2)
+    torch.testing.assert_close(found, iterates_from(problem, told, 6))
+    for other in (HandOver(hyper, Anderson(), slowest=1e9, after=2), hyper):
+        assert not torch.allclose(iterates_from(problem, other, 6)[3], found[3])
+
+
+def iterates_from(problem: Problem, solver: Solver, steps: int) -> Tensor:
+    """From the solver's own start."""
+    with torch.no_grad():
+        start = solver.start(*problem.inputs)
+    return torch.stack(iterates(replace(problem, z0=start), solver, steps))
 
 
 def test_its_modules_are_registered() -> None:

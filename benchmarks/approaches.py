@@ -15,9 +15,11 @@ from benchmarks.results import Results, Value
 from benchmarks.settings import Settings
 from benchmarks.timing import Effort, paired
 from deqsolvers import Anderson, Broyden, Picard, Solver, fixed_point
+from deqsolvers.precision import precision_floor
 
 EVALUATIONS = (1, 2, 3, 4, 6, 8, 12)
 ANDERSON = "Anderson"
+CLASSIC = ("Picard", ANDERSON, "Broyden")
 _LONGEST = 40  # evaluations within which a classic solver must get as close
 
 
@@ -54,14 +56,13 @@ class Approach:
         )
 
 
-def classic(problem: Problem) -> dict[str, Approach]:
+def classic(problem: Problem, anderson: Solver) -> dict[str, Approach]:
     def zeros() -> Tensor:
         return problem.z0
 
     return {
-        "Picard": Approach(Picard(), zeros),
-        ANDERSON: Approach(Anderson(), zeros),
-        "Broyden": Approach(Broyden(), zeros),
+        name: Approach(solver, zeros)
+        for name, solver in zip(CLASSIC, (Picard(), anderson, Broyden()), strict=True)
     }
 
 
@@ -71,28 +72,31 @@ def measure(
     settings: Settings,
     results: Results,
     effort: Effort,
+    anderson: Solver | None = None,
 ) -> None:
     """Rows of the tables hypersolver and equal-distance, and the goals on distances.
 
     Args:
         hypers: fitted HyperSolvers, or solvers that begin with one, by name; Anderson also starts
             from the first one's guess, if it has an initializer. Else all start from zero.
+        anderson: the rival; `Anderson` with its defaults if None.
     """
+    anderson = anderson or Anderson()
     first = next(iter(hypers.values()))
 
     @torch.no_grad()
     def guess() -> Tensor | None:
         return first.start(problem.x)
 
-    chosen = classic(problem)
+    chosen = classic(problem, anderson)
     begin = None
     if guess() is None:
         begin = chosen[ANDERSON].start
     else:
-        chosen["Anderson with our initializer"] = Approach(Anderson(), guess)
+        chosen["Anderson with our initializer"] = Approach(anderson, guess)
     chosen.update({name: Approach(hyper, begin) for name, hyper in hypers.items()})
     distances = {
-        name: each.distances(problem, _LONGEST if name in classic(problem) else EVALUATIONS[-1])
+        name: each.distances(problem, _LONGEST if name in CLASSIC else EVALUATIONS[-1])
         for name, each in chosen.items()
     }
     for count in EVALUATIONS:
@@ -127,7 +131,7 @@ def _equal_distance(
     """A row: how long the classic solvers take to a mean distance as small as the HyperSolver's."""
     reached = float(distances[hyper][count - 1].mean())
     needed = {}
-    for name in classic(problem):
+    for name in CLASSIC:
         close = (distances[name].mean(1) <= reached).nonzero()
         if len(close):
             needed[name] = int(close[0]) + 1
@@ -138,7 +142,7 @@ def _equal_distance(
         "mean distance": reached,
         "time [ms]": timings.of(hyper).scaled(1e3),
     }
-    for name in classic(problem):
+    for name in CLASSIC:
         values[f"{name}'s evaluations"] = needed.get(name)
         values[f"{name} / time"] = timings.ratio(name, hyper) if name in needed else None
     key = {"problem": problem.name, "method": hyper, "its evaluations": count}
@@ -155,7 +159,8 @@ def _goals(problem: Problem, distances: Mapping[str, Tensor], name: str, results
         1,
         f"K = {int(doubled.argmin()) + 1}",
     )
-    equal = anderson[:12] / hyper[:12]
+    rounding = 10 * precision_floor(problem.x.dtype)  # below it lies what f itself rounds by
+    equal = anderson[:12].clamp_min(rounding) / hyper[:12].clamp_min(rounding)
     results.goal(
         f"{problem.name}, {name}: distance of Anderson / ours at equal K = 1..12, least",
         float(equal.min()),

@@ -17,7 +17,7 @@ from benchmarks.settings import Settings
 from benchmarks.test_work_precision import TOLERANCES
 from benchmarks.test_work_precision import measure as measure_work_precision
 from benchmarks.timing import Effort, Quartiles, paired
-from deqsolvers import Broyden, HandOver
+from deqsolvers import Broyden
 from polypseg.config import make_config
 from polypseg.inference import load_model
 from polypseg.models import PolypDEQ, build_hypersolver
@@ -100,8 +100,10 @@ def _approach(run: Path, settings: Settings, results: Results) -> None:
     name = f"PolypDEQ {config.data.size} px, {run.name}"
     problem = polyps.problem(name, model, pictures, settings)
     hyper = load_model(run, "hyper")[0].deq.solver.to(problem.x)
-    hypers = {"HyperSolver": hyper, "HyperSolver, then Anderson": HandOver(hyper)}
-    approaches.measure(problem, hypers, settings, results, settings.slow_effort)
+    handing_over = load_model(run, "hyper", tol=1e-3)[0].deq.solver.to(problem.x)
+    hypers = {"HyperSolver": hyper, "HyperSolver, then Anderson": handing_over}
+    anderson = load_model(run, "anderson")[0].deq.solver  # with the same safeguard
+    approaches.measure(problem, hypers, settings, results, settings.slow_effort, anderson)
 
 
 def _predict(run: Path, batch: int, settings: Settings, results: Results) -> None:

@@ -54,7 +54,7 @@ STARTS = (
     ("HyperSolver from zero", "HyperSolver", "short-zero-start"),
     ("Anderson, from zero", "Anderson", "short-zero-start"),
 )
-OVERHEAD = ROOT / "benchmarks" / "results" / "cpu-2-cores-overhead" / "overhead.csv"
+OVERHEAD = ROOT / "benchmarks" / "results" / "cpu-2-cores" / "overhead.csv"
 TIMED = ("Anderson", "Broyden")
 SOLVERS = {
     "explicit": "explicit, one evaluation",

@@ -12,6 +12,7 @@ from deqsolvers.modes import may_look
 from deqsolvers.solvers.anderson import Anderson
 from deqsolvers.solvers.base import Memory, Solver, check_count, check_solver
 from deqsolvers.solvers.broyden import Broyden
+from deqsolvers.solvers.hyper import HyperSolver
 from deqsolvers.solvers.newton_krylov import NewtonKrylov
 from deqsolvers.state import Layout
 
@@ -70,8 +71,8 @@ class HandOver(nn.Module, Solver):
         super().__init__()
         check_solver(first)
         self.first = first
-        own = getattr(first, "preconditioner", None)
-        self.then = Anderson(preconditioner=own) if then is None else then
+        learned = first.preconditioner if isinstance(first, HyperSolver) else None
+        self.then = Anderson(preconditioner=learned) if then is None else then
         check_solver(self.then)
         if isinstance(self.then, (Broyden, NewtonKrylov)):
             raise TypeError(
@@ -125,7 +126,7 @@ class HandOver(nn.Module, Solver):
 
     @property
     def _limit(self) -> int | None:
-        fitted = getattr(self.first, "fitted_on", None)
+        fitted = self.first.fitted_on if isinstance(self.first, HyperSolver) else None
         return fitted.steps if self.after is None and fitted is not None else self.after
 
     def _slowest(self, memory: _HandOverMemory, z: Tensor, fz: Tensor) -> Tensor | float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
 import pytest
 
 from benchmarks.memory import BATCH, FEATURES, MEMORY, STATE, STEPS, peaks
-from benchmarks.methods import OURS, TORCHDEQ
+from benchmarks.methods import OURS
+from benchmarks.overhead import libraries
 from benchmarks.results import Results
 from benchmarks.settings import Settings
 
@@ -16,11 +16,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measu
 
 
 def test_forward(settings: Settings, results: Results) -> None:
-    libraries = [OURS, TORCHDEQ] if importlib.util.find_spec("torchdeq") else [OURS]
     cases = {
         f"forward {method} {library}": (method, library)
         for method in ("Picard", "Anderson", "Broyden")
-        for library in libraries
+        for library in libraries()
     }
     found = peaks(list(cases), settings.device)
     for case, (method, library) in cases.items():

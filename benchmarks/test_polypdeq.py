@@ -20,7 +20,7 @@ from benchmarks.timing import Effort, Quartiles, paired
 from deqsolvers import Broyden
 from polypseg.config import make_config
 from polypseg.inference import load_model
-from polypseg.models import PolypDEQ, build_hypersolver
+from polypseg.models import PolypDEQ, build_hand_over, build_hypersolver, build_solver
 from polypseg.predictor import available_solvers
 
 SIZE = 352
@@ -100,9 +100,10 @@ def _approach(run: Path, settings: Settings, results: Results) -> None:
     name = f"PolypDEQ {config.data.size} px, {run.name}"
     problem = polyps.problem(name, model, pictures, settings)
     hyper = load_model(run, "hyper")[0].deq.solver.to(problem.x)
-    handing_over = load_model(run, "hyper", tol=1e-3)[0].deq.solver.to(problem.x)
+    memory = config.solve.anderson_memory
+    handing_over = build_hand_over(hyper, memory, config.hyper.steps)
     hypers = {"HyperSolver": hyper, "HyperSolver, then Anderson": handing_over}
-    anderson = load_model(run, "anderson")[0].deq.solver  # with the same safeguard
+    anderson = build_solver("anderson", memory)  # with the same safeguard
     approaches.measure(problem, hypers, settings, results, settings.slow_effort, anderson)
 
 

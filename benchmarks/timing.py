@@ -86,12 +86,9 @@ def paired(
     effort: Effort,
     *,
     warm: bool = False,
-    settle: bool = False,
 ) -> Timings:
     """Time functions that take turns, after each has run once to warm up (``warm``: it has).
 
-    ``settle`` runs each once more right before it is timed, so that it finds the caches and the
-    heap as it leaves them itself, not as the others do.
     See `turns` and `timed`.
     """
     if not warm:

@@ -17,6 +17,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from deqsolvers import Solver, fixed_point
 from tests.deqsolvers.maps import ConvolutionMap, PerceptronMap, TanhMap, normal
 
 
@@ -44,6 +45,21 @@ class Problem:
     relative: bool = True
     dtype: torch.dtype = torch.float64
     condition: float = 2e3
+
+
+def iterates(problem: Problem, solver: Solver, steps: int) -> list[Tensor]:
+    """The states z_0 .. z_steps of a solve without a tolerance."""
+    seen: list[Tensor] = []
+    fixed_point(
+        problem.f,
+        problem.z0,
+        problem.inputs,
+        solver=solver,
+        tol=None,
+        max_steps=steps,
+        callback=lambda info: seen.append(info.z.clone()),
+    )
+    return seen
 
 
 def orthogonal(size: int, seed: int = 0) -> Tensor:

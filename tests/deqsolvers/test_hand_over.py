@@ -22,7 +22,7 @@ from deqsolvers import (
     fixed_point,
 )
 from deqsolvers.state import Layout
-from tests.problems import Problem, rotating, symmetric, tanh_deq
+from tests.problems import Problem, iterates, rotating, symmetric, tanh_deq
 
 
 class Stuck(Solver):
@@ -44,20 +44,6 @@ class Stuck(Solver):
             stuck[:] = False
             stuck[list(self.rows)] = True
         return torch.where(stuck.unsqueeze(1), z + self.bad, fz)
-
-
-def iterates(problem: Problem, solver: Solver, steps: int) -> list[Tensor]:
-    seen: list[Tensor] = []
-    fixed_point(
-        problem.f,
-        problem.z0,
-        problem.inputs,
-        solver=solver,
-        tol=None,
-        max_steps=steps,
-        callback=lambda info: seen.append(info.z.clone()),
-    )
-    return seen
 
 
 def test_a_stuck_solver_is_rescued_from_the_point_reached() -> None:

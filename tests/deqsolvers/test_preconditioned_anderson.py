@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deqsolvers import Anderson, AndersonTypeI, Solution, Solver, fixed_point
 from deqsolvers.hypersolver.preconditioners import VectorPreconditioner
-from tests.problems import Problem, rotating, symmetric, tanh_deq
+from tests.problems import Problem, iterates, rotating, symmetric, tanh_deq
 
 
 class Matrix(nn.Module):
@@ -55,16 +55,7 @@ def test_steps_are_those_of_a_least_squares_solver(damping: float) -> None:
     torch.manual_seed(0)
     matrix = torch.eye(16, dtype=torch.float64) + 0.2 * torch.randn(16, 16, dtype=torch.float64)
     solver = Anderson(4, damping, regularization=0.0, preconditioner=Matrix(matrix))
-    seen: list[Tensor] = []
-    fixed_point(
-        problem.f,
-        problem.z0,
-        problem.inputs,
-        solver=solver,
-        tol=None,
-        max_steps=4,
-        callback=lambda info: seen.append(info.z.clone()),
-    )
+    seen = iterates(problem, solver, 4)
     states = torch.stack(seen).numpy()
     residuals = torch.stack([problem.f(z, *problem.inputs).detach() - z for z in seen]).numpy()
     for step in range(4):

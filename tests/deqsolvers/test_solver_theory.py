@@ -8,12 +8,13 @@ import scipy.optimize
 import scipy.sparse.linalg
 import torch
 
-from deqsolvers import Anderson, AndersonTypeI, Broyden, NewtonKrylov, Solver, StepInfo, fixed_point
+from deqsolvers import Anderson, AndersonTypeI, Broyden, NewtonKrylov, Solver, fixed_point
 from deqsolvers.state import Layout
 from tests.deqsolvers.maps import normal
 from tests.problems import (
     PROBLEMS,
     Problem,
+    iterates,
     linear,
     non_normal,
     rotation,
@@ -23,23 +24,9 @@ from tests.problems import (
 )
 
 
-def iterates(problem: Problem, solver: Solver, steps: int) -> list[np.ndarray]:
-    """The (B, features) iterates z_0 .. z_steps of a solve without a tolerance."""
-    seen: list[np.ndarray] = []
-
-    def record(info: StepInfo) -> None:
-        seen.append(info.z.flatten(1).numpy().copy())
-
-    fixed_point(
-        problem.f,
-        problem.z0,
-        problem.inputs,
-        solver=solver,
-        tol=None,
-        max_steps=steps,
-        callback=record,
-    )
-    return seen
+def arrays(problem: Problem, solver: Solver, steps: int) -> list[np.ndarray]:
+    """The iterates z_0 .. z_steps as (B, features) arrays."""
+    return [z.flatten(1).numpy() for z in iterates(problem, solver, steps)]
 
 
 def walker_ni(
@@ -91,7 +78,7 @@ def test_anderson_is_walker_and_ni_step_by_step(
     kind: type[Anderson], memory: int, damping: float, problem: Problem
 ) -> None:
     steps = 10
-    ours = iterates(problem, kind(memory, damping, regularization=0.0), steps)
+    ours = arrays(problem, kind(memory, damping, regularization=0.0), steps)
     theirs, _ = walker_ni(problem, memory, damping, steps, kind)
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-7 * np.abs(other).max())
@@ -108,7 +95,7 @@ def test_a_safeguard_starts_the_history_of_a_sample_again(
     b, rates = normal(5, 6, seed=1), torch.tensor([[0.5], [0.9], [1.1], [1.3], [2.0]]).double()
     rated = Problem("", lambda z, b, r: r * (z @ matrix.T) + b, torch.zeros_like(b), (b, rates))
     for problem in (rated, non_normal()):
-        ours = iterates(problem, kind(3, 0.8, regularization=0.0, safeguard=safeguard), 12)
+        ours = arrays(problem, kind(3, 0.8, regularization=0.0, safeguard=safeguard), 12)
         theirs, objections = walker_ni(problem, 3, 0.8, 12, kind, safeguard)
         assert 3 <= objections <= 45
         for mine, other in zip(ours, theirs, strict=True):
@@ -118,7 +105,7 @@ def test_a_safeguard_starts_the_history_of_a_sample_again(
 @pytest.mark.parametrize("kind", [Anderson, AndersonTypeI])
 def test_the_ridge_is_that_of_columns_of_length_one(kind: type[Anderson]) -> None:
     problem, ridge = symmetric(0.9), 0.05
-    z = iterates(problem, kind(2, regularization=ridge), 3)
+    z = arrays(problem, kind(2, regularization=ridge), 3)
     residuals = [problem.f(torch.from_numpy(x), *problem.inputs).numpy() - x for x in z]
     for row in range(len(problem.z0)):
         dz, dg = (np.diff([x[row] for x in xs[:3]], axis=0).T for xs in (z, residuals))
@@ -152,7 +139,7 @@ def test_anderson_matches_scipy_on_one_problem() -> None:
         iter=6,
         callback=lambda z, g: path.append(z.copy()),
     )
-    ours = iterates(problem, Anderson(memory=3, regularization=0.0), len(path) - 1)
+    ours = arrays(problem, Anderson(memory=3, regularization=0.0), len(path) - 1)
     for mine, theirs in zip(ours, path, strict=True):
         np.testing.assert_allclose(mine[0], theirs, rtol=0, atol=1e-8)
 
@@ -171,7 +158,7 @@ def test_full_memory_anderson_is_gmres(matrix: torch.Tensor) -> None:
     size = len(matrix)
     problem = linear("full memory", matrix, batch=1)
     system, right = (torch.eye(size) - matrix).numpy(), problem.inputs[0][0].numpy()
-    ours = iterates(problem, Anderson(memory=size), size + 1)
+    ours = arrays(problem, Anderson(memory=size), size + 1)
     for k in range(1, size + 1):
         krylov, _ = scipy.sparse.linalg.gmres(
             system, right, x0=np.zeros(size), rtol=1e-15, restart=k, maxiter=1
@@ -207,7 +194,7 @@ def test_type_one_with_full_memory_is_arnoldis_method(matrix: torch.Tensor) -> N
     problem = linear("full memory", matrix, batch=1)
     size = len(matrix)
     system, right = (torch.eye(size) - matrix).numpy(), problem.inputs[0][0].numpy()
-    ours = iterates(problem, AndersonTypeI(memory=size), size + 1)
+    ours = arrays(problem, AndersonTypeI(memory=size), size + 1)
     for k in range(1, size + 1):
         expected = matrix.numpy() @ arnoldi(system, right, k) + right
         np.testing.assert_allclose(ours[k + 1][0], expected, rtol=0, atol=1e-8)
@@ -222,7 +209,7 @@ def test_a_newton_step_is_the_iterate_of_gmres(name: str, memory: int) -> None:
     problem = PROBLEMS[name]()
     size = problem.z0.shape[1]
     matrix = problem.f(torch.eye(size).double(), torch.zeros(size)).T
-    ours = iterates(problem, NewtonKrylov(memory), memory + 1)
+    ours = arrays(problem, NewtonKrylov(memory), memory + 1)
     # A probe lies as good as at the start; the first iterate that does not is the trial step.
     probes = next(k for k, z in enumerate(ours) if np.linalg.norm(z[0]) > 1e-3) - 1
     expected, _ = scipy.sparse.linalg.gmres(
@@ -242,7 +229,7 @@ def test_a_newton_step_that_is_too_long_is_cut_to_the_lowest_point_of_a_parabola
     start = 3.0
     newton = -(1 + start**2) * math.atan(start)
     problem = Problem("arctan", lambda z: z - torch.atan(z), torch.full((1, 1), start).double())
-    _, _, long, short = (float(z[0, 0]) for z in iterates(problem, NewtonKrylov(), 3))
+    _, _, long, short = (float(z[0, 0]) for z in arrays(problem, NewtonKrylov(), 3))
     assert long == pytest.approx(start + newton, rel=1e-6)
     sizes = np.array([math.atan(start), math.atan(start + newton)]) ** 2
     # p(t) = sizes[0] (1 - 2 t) + c t^2 is the square and its slope at 0, and the square at 1.
@@ -313,7 +300,7 @@ def test_broyden_keeps_the_secant_condition(problem: Problem, damping: float) ->
 def test_broyden_is_the_dense_method_step_by_step(problem: Problem) -> None:
     """Broyden (1965): B <- B + (dg - B dz) dz^T / (dz^T dz) and z <- z - B^-1 g, from B = -I."""
     steps = 9
-    ours = iterates(problem, Broyden(memory=steps), steps)
+    ours = arrays(problem, Broyden(memory=steps), steps)
     for row in range(len(problem.z0)):
         inputs = tuple(tensor[row : row + 1] for tensor in problem.inputs)
 
@@ -360,14 +347,14 @@ def test_type_one_starts_again_where_its_system_is_singular() -> None:
     """f(z) = z + S z, S skew, leaves every step orthogonal to its change of the residual."""
     matrix = torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     problem = linear("skew", torch.eye(7).double() + matrix - matrix.T, batch=1)
-    path = iterates(problem, AndersonTypeI(memory=1), 2)
+    path = arrays(problem, AndersonTypeI(memory=1), 2)
     plain = problem.f(torch.from_numpy(path[1]), *problem.inputs).numpy()
     np.testing.assert_allclose(path[2], plain, rtol=1e-12)
 
 
 def test_broyden_starts_again_when_its_memory_is_full() -> None:
     problem = symmetric(0.9)
-    short, long = (iterates(problem, Broyden(memory=m), 8) for m in (3, 20))
+    short, long = (arrays(problem, Broyden(memory=m), 8) for m in (3, 20))
     # Updates 1, 2 and 3 fill the memory; the fourth clears it, so that step 5 is a plain one.
     for k in range(5):
         np.testing.assert_allclose(short[k], long[k], atol=1e-12)
